@@ -1,0 +1,67 @@
+# Everything a newcomer needs, from a bare clone: `make demo`, `make test`. Nothing here needs root or a GPU.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+# The torch to install where the environment has none. Any release from 2.11 on will do; this one is what CI tests with.
+TORCH ?= torch==2.13.0
+OUT ?= demo-report
+PY := $(VENV)/bin/python
+CXX_SOURCES := $(shell find csrc \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' \))
+
+.PHONY: help demo test test-slow lint format build wheel bench clean
+help:
+	@echo "make demo       train on digits with SGD and K-FAC, look at both Hessian spectra; report in $(OUT)/report.html"
+	@echo "make test       all tests, under every instruction set this machine has"
+	@echo "make test-slow  the tests marked slow"
+	@echo "make lint       ruff, mypy, clang-format (all checks, no changes);  make format applies them"
+	@echo "make build      compile and install in place (editable);  make wheel builds dist/*.whl"
+
+# One stamp per environment: tools and libraries first (torch alone, so that nothing else picks another build of it).
+$(VENV)/.tools: pyproject.toml
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q --upgrade pip
+	$(PY) -c "import torch" 2>/dev/null || $(PY) -m pip install -q "$(TORCH)"
+	$(PY) -m pip install -q "scikit-build-core>=0.11" "pybind11>=3.0" "cmake>=3.26" ninja
+	touch $@
+
+build: $(VENV)/.tools
+	flock $(VENV)/.build-lock $(PY) -m pip install -q --no-build-isolation -e ".[demo,test]"
+
+demo: build
+	$(VENV)/bin/kronfac demo --out $(OUT)
+
+# curvlinops is an oracle of the tests; its own requirement of torchvision, which it never imports, would replace torch.
+$(VENV)/.oracles: $(VENV)/.tools
+	$(PY) -m pip install -q --no-deps curvlinops-for-pytorch==3.0.1 backpack-for-pytorch==1.7.1 unfoldNd==0.2.3 einconv==0.1.0
+	$(PY) -m pip install -q einops opt_einsum linear_operator tqdm scipy
+	touch $@
+
+# The kernels are chosen at load time, so the operator tests run once per instruction set.
+test: build $(VENV)/.oracles
+	$(PY) -m pytest -m "not slow" tests
+	@set -e; for isa in $$($(PY) -c "from kronfac import _host; print(*_host.instruction_sets()[:-1])"); do \
+	  echo "== operators under KRONFAC_ISA=$$isa"; KRONFAC_ISA=$$isa $(PY) -m pytest -m "not slow" tests/ops; done
+
+test-slow: build $(VENV)/.oracles
+	$(PY) -m pytest -m slow tests
+
+$(VENV)/.lint: $(VENV)/.tools
+	$(PY) -m pip install -q "ruff==0.17.5" "mypy==2.4.1" "clang-format==23.1.5"
+	touch $@
+
+lint: build $(VENV)/.lint
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_SOURCES)
+
+format: $(VENV)/.lint
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(CXX_SOURCES)
+
+wheel: $(VENV)/.tools
+	$(PY) -m pip wheel -q --no-build-isolation --no-deps -w dist .
+
+clean:
+	rm -rf build dist $(OUT)

@@ -1,0 +1,36 @@
+# One kernel source, compiled once per instruction set into namespace kronfac::kernels::<isa>; csrc/kernels/dispatch.cpp picks
+# one at load time. These sources see no torch and emit no inline STL code, so that no symbol compiled with wider instructions
+# can be picked by the linker for everybody.
+set(KRONFAC_ISAS portable)
+set(KRONFAC_FLAGS_portable "")
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
+  list(APPEND KRONFAC_ISAS avx2 avx512)
+  set(KRONFAC_FLAGS_avx2 -mavx2 -mfma -mf16c)
+  set(KRONFAC_FLAGS_avx512 -mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512)
+endif()
+
+function(kronfac_add_kernels)
+  foreach(isa IN LISTS KRONFAC_ISAS)
+    add_library(kronfac_kernels_${isa} OBJECT ${ARGN})
+    set_target_properties(kronfac_kernels_${isa} PROPERTIES POSITION_INDEPENDENT_CODE ON CXX_VISIBILITY_PRESET hidden)
+    target_include_directories(kronfac_kernels_${isa} PRIVATE csrc)
+    target_compile_definitions(kronfac_kernels_${isa} PRIVATE KRONFAC_ISA=${isa} KRONFAC_ISA_${isa}=1)
+    target_compile_options(kronfac_kernels_${isa} PRIVATE ${KRONFAC_WARNINGS} -O3 -ffp-contract=fast -fno-math-errno
+      -fno-trapping-math ${KRONFAC_FLAGS_${isa}})
+  endforeach()
+  add_library(kronfac_dispatch OBJECT csrc/kernels/dispatch.cpp)
+  set_target_properties(kronfac_dispatch PROPERTIES POSITION_INDEPENDENT_CODE ON CXX_VISIBILITY_PRESET hidden)
+  target_include_directories(kronfac_dispatch PRIVATE csrc)
+  target_compile_options(kronfac_dispatch PRIVATE ${KRONFAC_WARNINGS})
+  foreach(isa IN LISTS KRONFAC_ISAS)
+    string(TOUPPER ${isa} upper)
+    target_compile_definitions(kronfac_dispatch PRIVATE KRONFAC_HAVE_${upper}=1)
+  endforeach()
+endfunction()
+
+function(kronfac_link_kernels target)
+  target_sources(${target} PRIVATE $<TARGET_OBJECTS:kronfac_dispatch>)
+  foreach(isa IN LISTS KRONFAC_ISAS)
+    target_sources(${target} PRIVATE $<TARGET_OBJECTS:kronfac_kernels_${isa}>)
+  endforeach()
+endfunction()

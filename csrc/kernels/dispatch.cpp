@@ -1,0 +1,90 @@
+// Which instruction set's kernels run: chosen once, when the first operator or the host module asks.
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "kernels/table.h"
+
+namespace kronfac::kernels {
+namespace {
+
+struct Choice {
+  const char* name;
+  const Table* table;  // nullptr: this build has no kernels for it
+  bool supported;
+};
+
+#if defined(__x86_64__)
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
+// Narrowest first: the last supported one is the default.
+struct Choices {
+  static constexpr int count = 3;
+  Choice list[count] = {{"portable", &portable::table, true}, {"avx2", nullptr, false}, {"avx512", nullptr, false}};
+  Choices() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    list[1].supported = has_avx2();
+    list[2].supported = has_avx512();
+#endif
+#ifdef KRONFAC_HAVE_AVX2
+    list[1].table = &avx2::table;
+#endif
+#ifdef KRONFAC_HAVE_AVX512
+    list[2].table = &avx512::table;
+#endif
+  }
+};
+
+const Choices& choices() {
+  static const Choices all;
+  return all;
+}
+
+bool usable(const Choice& choice) { return choice.table != nullptr && choice.supported; }
+
+std::string usable_names() {
+  std::string names;
+  for (const Choice& choice : choices().list) {
+    if (usable(choice)) names += (names.empty() ? "" : ", ") + std::string(choice.name);
+  }
+  return names;
+}
+
+const Table& choose() {
+  const char* wanted = std::getenv("KRONFAC_ISA");
+  if (wanted == nullptr || *wanted == '\0') {
+    const Table* widest = &portable::table;
+    for (const Choice& choice : choices().list) {
+      if (usable(choice)) widest = choice.table;
+    }
+    return *widest;
+  }
+  if (const Table* found = find_table(wanted)) return *found;
+  throw std::runtime_error("kronfac: KRONFAC_ISA: expected one of the instruction sets that this machine and this build have (" +
+                           usable_names() + "), got '" + wanted + "'; correct the variable or unset it");
+}
+
+}  // namespace
+
+const Table* find_table(const char* name) {
+  for (const Choice& choice : choices().list) {
+    if (std::strcmp(choice.name, name) == 0 && usable(choice)) return choice.table;
+  }
+  return nullptr;
+}
+
+const Table& table() {
+  static const Table& chosen = choose();
+  return chosen;
+}
+
+}  // namespace kronfac::kernels

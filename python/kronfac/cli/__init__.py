@@ -1,0 +1,1 @@
+"""The command line: `kronfac demo | train | spectrum | info`."""

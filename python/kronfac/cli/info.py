@@ -1,0 +1,77 @@
+"""What is installed and in use: the facts a bug report needs."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from typing import Any
+
+
+def collect() -> dict[str, Any]:
+    """Return versions, instruction set, threads, build facts and loaded libraries as plain data."""
+    import numpy
+    import torch
+
+    import kronfac
+    from kronfac import _host, _library
+
+    return {
+        "kronfac": kronfac.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "instruction_set": _host.instruction_set(),
+        "instruction_sets_available": _host.instruction_sets(),
+        "cpu_features": [name for name, present in _host.cpu_features().items() if present],
+        "threads": {
+            "torch": torch.get_num_threads(),
+            "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        },
+        "build": _host.build_facts(),
+        "libraries": dict(_library.LOADED) | {"_host": _host.__file__},
+        "cuda": _cuda_facts(),
+        "executable": sys.executable,
+    }
+
+
+def render(facts: dict[str, Any]) -> str:
+    """Lay the facts of `collect` out as aligned lines."""
+    lines: list[tuple[str, str]] = []
+    for key, value in facts.items():
+        if isinstance(value, dict):
+            lines += [(f"{key}.{name}", str(item)) for name, item in value.items()]
+        elif isinstance(value, list):
+            lines.append((key, " ".join(map(str, value)) or "none"))
+        else:
+            lines.append((key, str(value)))
+    width = max(len(key) for key, _ in lines)
+    return "\n".join(f"{key:<{width}}  {value}" for key, value in lines)
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass  # not Linux: the platform module knows less, but something
+    return platform.processor() or platform.machine()
+
+
+def _cuda_facts() -> dict[str, Any]:
+    import torch
+
+    from kronfac import _library
+
+    if torch.version.cuda is None:
+        return {"torch": "built without CUDA", "operators": "not loaded"}
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    return {
+        "torch": f"CUDA {torch.version.cuda}",
+        "operators": "loaded" if "_ops_cuda" in _library.LOADED else "not in this build",
+        "devices": devices or "none",
+    }
