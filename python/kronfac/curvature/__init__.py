@@ -1,0 +1,33 @@
+"""What a layer contributes to curvature: adapters per layer type, likelihoods, recorders and Kronecker factors."""
+
+from __future__ import annotations
+
+from kronfac.curvature.adapter import LayerAdapter
+from kronfac.curvature.conv import ConvAdapter
+from kronfac.curvature.factors import factors
+from kronfac.curvature.hooks import unrecorded
+from kronfac.curvature.likelihood import Bernoulli, Categorical, Gaussian, Likelihood, resolve_likelihood
+from kronfac.curvature.linear import LinearAdapter
+from kronfac.curvature.recorder import Recorder
+from kronfac.curvature.registry import adapter_for, find_layers, register_adapter
+from kronfac.curvature.statistics import KroneckerFactors, LayerStatistics, Pending
+
+__all__ = [
+    "Bernoulli",
+    "Categorical",
+    "ConvAdapter",
+    "Gaussian",
+    "KroneckerFactors",
+    "LayerAdapter",
+    "LayerStatistics",
+    "Likelihood",
+    "LinearAdapter",
+    "Pending",
+    "Recorder",
+    "adapter_for",
+    "factors",
+    "find_layers",
+    "register_adapter",
+    "resolve_likelihood",
+    "unrecorded",
+]

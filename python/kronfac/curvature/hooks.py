@@ -1,0 +1,131 @@
+"""The module hooks of a recorder, and the circumstances under which they do nothing."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+
+if TYPE_CHECKING:
+    from kronfac.curvature.recorder import Recorder
+
+_local = threading.local()
+
+
+@contextmanager
+def unrecorded(except_for: Recorder | None = None) -> Iterator[None]:
+    """No recorder takes statistics inside: for analyses that run a model which an optimizer watches.
+
+    Args:
+        except_for: the one recorder that still does.
+
+    Yields:
+        Nothing.
+    """
+    before = getattr(_local, "state", None)
+    _local.state = (except_for,)
+    try:
+        yield
+    finally:
+        _local.state = before
+
+
+def obstacle(recorder: Recorder) -> str | None:
+    """Why the forward that begins now cannot be recorded, None when it can."""
+    state = getattr(_local, "state", None)
+    if state is not None and state[0] is not recorder:
+        return "it was an analysis of kronfac's own"
+    # Re-computation under checkpointing: the same examples were recorded in the forward.
+    if in_backward():
+        return "it ran inside a backward pass (checkpointing recomputes layers there)"
+    if torch.is_inference_mode_enabled():
+        return "it ran under torch.inference_mode()"
+    if not torch.is_grad_enabled():
+        return "it ran under torch.no_grad()"
+    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        return "it ran under a torch.func transform or forward-mode differentiation"
+    keys = torch._C._TorchDispatchModeKey
+    modes = (torch._C._get_dispatch_mode(key) for key in (keys.FAKE, keys.PROXY, keys.FUNCTIONAL))
+    if torch._C._get_tracing_state() is not None or any(mode is not None for mode in modes):
+        return "it was being traced or exported"
+    return None
+
+
+def in_backward() -> bool:
+    """Whether this thread is inside a backward pass of autograd."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+class Hook:
+    """A hook that knows its recorder and its module weakly, and works for no copy of that module.
+
+    A copied or unpickled module brings its hooks along; they are inert there.
+
+    Args:
+        recorder: whom to tell.
+        module: the module that the hook is registered on.
+        name: of the covered layer, "" for the root.
+    """
+
+    def __init__(self, recorder: Recorder | None = None, module: nn.Module | None = None, name: str = "") -> None:
+        self._recorder = None if recorder is None else weakref.ref(recorder)
+        self._module = None if module is None else weakref.ref(module)
+        self._name = name
+
+    def _listener(self, module: nn.Module) -> Recorder | None:
+        if self._recorder is None or self._module is None or self._module() is not module:
+            return None
+        return self._recorder()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
+        """An inert hook."""
+        return type(self)()
+
+    def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
+        """As an inert hook."""
+        return type(self), ()
+
+
+# In each of them is_compiling comes first: dynamo and export then see nothing but a constant.
+
+
+class OpenHook(Hook):
+    """Forward pre-hook of the root: opens a recording."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Called by torch before forward."""
+        if torch.compiler.is_compiling():
+            return
+        recorder = self._listener(module)
+        if recorder is not None:
+            recorder.open()
+
+
+class LayerHook(Hook):
+    """Forward hook of a covered layer: hands over its input and the edge of its output."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+        """Called by torch after forward."""
+        if torch.compiler.is_compiling():
+            return
+        recorder = self._listener(module)
+        if recorder is not None and recorder.is_open and not in_backward():
+            recorder.see(self._name, args, kwargs, output)
+
+
+class CloseHook(Hook):
+    """Forward hook of the root: closes the recording. Also called when forward raised."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+        """Called by torch after forward."""
+        if torch.compiler.is_compiling():
+            return
+        recorder = self._listener(module)
+        if recorder is not None and recorder.is_open and not in_backward():
+            recorder.close(args, kwargs, output)

@@ -1,0 +1,156 @@
+"""Raw sums over a batch and the Kronecker factors they make."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, distributed
+
+from kronfac.curvature.adapter import LayerAdapter
+
+
+class KroneckerFactors(NamedTuple):
+    """F ≈ A ⊗ G of one layer, symmetric and positive semi-definite.
+
+    Attributes:
+        A: second moment of the inputs (in[+1], in[+1]), the bias last.
+        G: second moment of the gradients at the outputs (out, out).
+    """
+
+    A: Tensor
+    G: Tensor
+
+
+@dataclass
+class LayerStatistics:
+    """Raw sums of one layer.
+
+    Attributes:
+        A_sum: Σ ā āᵀ over the shared positions.
+        G_sum: Σ g gᵀ over the shared positions, g = d(-log p)/ds of each example; averaged over draws for
+            fisher="mc".
+        positions: how many shared positions, R.
+    """
+
+    A_sum: Tensor
+    G_sum: Tensor
+    positions: float
+
+    def add(self, other: LayerStatistics) -> None:
+        """Add sums in place."""
+        self.A_sum.add_(other.A_sum)
+        self.G_sum.add_(other.G_sum)
+        self.positions += other.positions
+
+
+@dataclass
+class Pending:
+    """Statistics of everything recorded since the last step.
+
+    Attributes:
+        layers: sums by layer name; a layer that was not used, or did not influence the output, is absent.
+        terms: how many terms a mean-reduced loss averages over, M.
+        examples: how many examples were seen.
+        adapters: of all layers that are watched, in the order in which process groups exchange them.
+    """
+
+    layers: dict[str, LayerStatistics] = field(default_factory=dict)
+    terms: float = 0
+    examples: float = 0
+    adapters: Mapping[str, LayerAdapter] = field(default_factory=dict, repr=False)
+
+    def add(self, layers: Mapping[str, LayerStatistics], terms: float, examples: float) -> None:
+        """Add the sums of one forward; the tensors may be taken over.
+
+        Args:
+            layers: sums by layer name.
+            terms: M of the forward.
+            examples: N of the forward.
+        """
+        for name, statistics in layers.items():
+            if name in self.layers:
+                self.layers[name].add(statistics)
+            else:
+                self.layers[name] = statistics
+        self.terms += terms
+        self.examples += examples
+
+    def factors(self) -> dict[str, KroneckerFactors]:
+        """A = (1/M) Σ ā āᵀ and G = (1/R) Σ g gᵀ (algorithms.md, section 1, expand).
+
+        Returns:
+            New tensors by layer name; empty when nothing was recorded or every term was masked.
+        """
+        if self.terms <= 0:
+            return {}
+        return {
+            name: KroneckerFactors(layer.A_sum / self.terms, layer.G_sum / layer.positions)
+            for name, layer in self.layers.items()
+            if layer.positions > 0
+        }
+
+    def finite(self) -> bool:
+        """Whether no sum holds NaN or infinity. One host synchronisation."""
+        # A non-finite entry of a row reaches the diagonal, a sum of squares, of its second moment: the traces tell.
+        traces = [t.diagonal(dim1=-2, dim2=-1).sum() for s in self.layers.values() for t in (s.A_sum, s.G_sum)]
+        if not traces:
+            return True
+        home = traces[0].device
+        return bool(torch.stack([t.to(home, torch.float64, non_blocking=True) for t in traces]).isfinite().all())
+
+    def all_reduce(self) -> None:
+        """Sum everything over the default process group, in place; every rank must call it.
+
+        Ranks may have seen different layers, or nothing at all. Without a process group, or with one rank, nothing
+        happens.
+        """
+        if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+            return
+        if not self.adapters:
+            return
+        empty = LayerStatistics(torch.empty(0), torch.empty(0), 0)
+        entries = [self.layers.get(name, empty) for name in self.adapters]
+        home = next(iter(self.adapters.values())).weight.device
+        counts = torch.tensor(
+            [
+                self.terms,
+                self.examples,
+                *(e.positions for e in entries),
+                *(float(n in self.layers) for n in self.adapters),
+            ],
+            dtype=torch.float64,
+        ).to(home)
+        distributed.all_reduce(counts)
+        self.terms, self.examples, *rest = counts.tolist()
+        positions, holders = rest[: len(entries)], rest[len(entries) :]
+
+        # Only the layers that some rank has; all ranks know these now, so the buffers agree.
+        names = [name for name, ranks in zip(self.adapters, holders, strict=True) if ranks > 0]
+        buffers: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        for name, count in zip(self.adapters, positions, strict=True):
+            if name not in names:
+                continue
+            if name not in self.layers:
+                self.layers[name] = _zeros(self.adapters[name])
+            self.layers[name].positions = count
+            for tensor in (self.layers[name].A_sum, self.layers[name].G_sum):
+                buffers.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+        for tensors in buffers.values():
+            flat = torch.cat([tensor.flatten() for tensor in tensors])
+            distributed.all_reduce(flat)
+            for tensor, part in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
+                tensor.copy_(part.view_as(tensor))
+        self.layers = {name: self.layers[name] for name in names}
+
+
+def _zeros(adapter: LayerAdapter) -> LayerStatistics:
+    inputs, outputs = adapter.factor_sizes
+    dtype, device = adapter.factor_dtype, adapter.weight.device
+    return LayerStatistics(
+        torch.zeros(inputs, inputs, dtype=dtype, device=device),
+        torch.zeros(outputs, outputs, dtype=dtype, device=device),
+        0,
+    )
