@@ -1,0 +1,17 @@
+"""Linear algebra above the compiled operators: damped inverses and eigenbases, Krylov methods, probes."""
+
+from __future__ import annotations
+
+from kronfac.linalg.damped import Eigenbases as Eigenbases
+from kronfac.linalg.damped import Inverses as Inverses
+from kronfac.linalg.damped import damped_inverses as damped_inverses
+from kronfac.linalg.damped import eigenbases as eigenbases
+from kronfac.linalg.damped import factored_damping as factored_damping
+from kronfac.linalg.lanczos import KrylovSubspace as KrylovSubspace
+from kronfac.linalg.lanczos import Quadrature as Quadrature
+from kronfac.linalg.lanczos import lanczos_quadratures as lanczos_quadratures
+from kronfac.linalg.probes import draw_probes as draw_probes
+from kronfac.linalg.probes import make_generator as make_generator
+from kronfac.linalg.symmetric import CheckedOperator as CheckedOperator
+from kronfac.linalg.symmetric import SymmetricOperator as SymmetricOperator
+from kronfac.linalg.symmetric import check_operator as check_operator

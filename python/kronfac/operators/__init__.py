@@ -1,0 +1,7 @@
+"""Curvature matrices of a loss as linear operators over the parameters of a model."""
+
+from __future__ import annotations
+
+from kronfac.operators.base import CurvatureOperator as CurvatureOperator
+from kronfac.operators.ggn import ggn as ggn
+from kronfac.operators.hessian import hessian as hessian

@@ -1,0 +1,342 @@
+"""The linear operator that users hold, and the engine that computes its products batch by batch."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any, Protocol, TypeVar, overload
+
+import torch
+from torch import Tensor, nn
+
+from kronfac.curvature import unrecorded
+from kronfac.linalg.lanczos import norm
+from kronfac.linalg.probes import draw_probes, make_generator
+from kronfac.operators.data import Batch, BatchSize, DataSource
+from kronfac.operators.isolation import (
+    RandomStreams,
+    accelerator_devices,
+    differentiable_twice,
+    evaluation_mode,
+    preserved_streams,
+    refuse_batch_statistics,
+)
+from kronfac.operators.parameters import ParameterLayout, select_parameters
+from kronfac.operators.program import LossFunction, Program, differentiate, explained, refuse_wrapper
+
+Parts = TypeVar("Parts", bound="list[Tensor] | tuple[Tensor, ...]")
+
+# Columns of the identity per call when an operator is written out.
+_DENSE_COLUMNS = 64
+
+
+class BatchGraph(Protocol):
+    """The curvature of one batch, ready for products."""
+
+    def product(self, indices: Sequence[int], vectors: Sequence[Tensor]) -> list[Tensor | None]:
+        """Multiply the diagonal block of the parameters at `indices` with one vector, given in parts; None is zero."""
+        ...
+
+
+class Engine(ABC):
+    """Products of a curvature matrix with vectors, averaged over data; the model is left as it was.
+
+    Args: as `kronfac.operators.hessian`, with the name of the public function for error messages.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFunction,
+        data: Any,
+        params: Iterable[str | Tensor] | None,
+        *,
+        reduction: str,
+        batch_size: BatchSize | None,
+        keep_graph: bool | None,
+        caller: str,
+    ) -> None:
+        self.caller = caller
+        self.model = refuse_wrapper(model, caller)
+        if not callable(loss_fn):
+            raise TypeError(f"{caller}: loss_fn: expected a callable (output, targets), got {type(loss_fn).__name__}")
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f'{caller}: reduction: expected "mean" or "sum", got {reduction!r}')
+        self.chosen, self.layout = select_parameters(self.model, params, caller)
+        self._reduction = reduction
+        self._program = Program(self.model, loss_fn, caller)
+        generators = {id(found): found for found in _generators(data)}
+        self._streams = RandomStreams(accelerator_devices(self.model), tuple(generators.values()))
+        with preserved_streams(self._streams):
+            self._source = DataSource(data, batch_size, caller)
+        if not self._source.single:
+            refuse_batch_statistics(self.model, caller)
+        if keep_graph and not self._source.fixed:
+            raise ValueError(
+                f"{caller}: keep_graph: a loader yields new tensors in every pass; pass list(loader) to keep the graphs"
+            )
+        # One batch's graph is in memory during a product anyway; keeping those of many adds up, so that is opt-in.
+        self._keep = self._source.single and self._source.fixed if keep_graph is None else keep_graph
+        self._kept: dict[int, BatchGraph] = {}
+        self._state: Any = None
+        self._check_first_batch()
+
+    @abstractmethod
+    def build(self, batch: Batch, chosen: Mapping[str, Tensor]) -> BatchGraph:
+        """Run the model on a batch and differentiate once with respect to the chosen parameters.
+
+        Raises:
+            ValueError, TypeError, RuntimeError: the loss is not what the operator needs.
+        """
+
+    def multiply(self, indices: tuple[int, ...], layout: ParameterLayout, rows: Tensor) -> Tensor:
+        """Multiply the block of the parameters at `indices` with several vectors.
+
+        Args:
+            indices: of the block's parameters among the chosen ones.
+            layout: of the block.
+            rows: vectors as rows (k, n), contiguous.
+
+        Returns:
+            The products as rows (k, n).
+
+        Raises:
+            ValueError: the data changed, or the product is not finite.
+        """
+        references = [list(self.chosen.values())[index] for index in indices]
+        with self._isolated(), explained(self.caller):
+            rows = rows.clone() if rows.is_inference() else rows  # autograd saves them
+            out = torch.zeros_like(rows)
+            vectors = [layout.split(row, references) for row in rows]
+            for graph, local, weight in self._graphs(indices):
+                for row, parts in zip(out, vectors, strict=True):
+                    layout.add_(row, graph.product(local, parts), weight)
+        if not torch.isfinite(out).all() and torch.isfinite(rows).all():
+            raise ValueError(
+                f"{self.caller}: the product is not finite although the loss is: a second derivative is infinite "
+                "(a square root or norm at 0?) or overflows"
+            )
+        return out
+
+    def release(self) -> None:
+        """Free the graphs kept between products."""
+        self._kept.clear()
+
+    def _isolated(self) -> ExitStack:
+        stack = ExitStack()
+        stack.enter_context(preserved_streams(self._streams))
+        # Also while a kept graph is in use: gradient checkpointing runs the model again in the backward.
+        stack.enter_context(evaluation_mode(self._program))
+        stack.enter_context(differentiable_twice(self.model))
+        stack.enter_context(unrecorded())
+        return stack
+
+    def _graphs(self, indices: tuple[int, ...]) -> Iterator[tuple[BatchGraph, Sequence[int], float]]:
+        """The graph of each batch, the positions of the block's parameters in it, and the batch's weight."""
+        names = list(self.chosen)
+        block = {names[index]: self.chosen[names[index]] for index in indices}
+        self._drop_stale_graphs()
+        for number, batch in self._source.batches():
+            weight = batch.size / self._source.total if self._reduction == "mean" else 1.0
+            if self._keep:
+                if number not in self._kept:
+                    self._kept[number] = self.build(batch, self.chosen)
+                yield self._kept[number], indices, weight
+            else:
+                # Only the block's parameters: the first derivative with respect to the others would be wasted.
+                yield self.build(batch, block), range(len(indices)), weight
+
+    def _drop_stale_graphs(self) -> None:
+        """Follow the model: a graph built on other parameters or buffers is not used any more."""
+        if not self._keep:
+            return
+        parameters = [parameter.detach() for parameter in self.model.parameters() if parameter.numel()]
+        tensors = [*parameters, *self._program.buffers()]
+        # Norms besides version counters: writing through `.data` does not count a version.
+        norms = torch.stack([torch.linalg.vector_norm(tensor).to("cpu", torch.float64) for tensor in parameters])
+        state = ([(tensor.data_ptr(), tensor._version) for tensor in tensors], norms.tolist())
+        if state != self._state:
+            self._kept.clear()
+            self._state = state
+
+    def _check_first_batch(self) -> None:
+        """Build one graph, and compare uᵀHv with vᵀHu on it: two products on one batch, once per operator.
+
+        Some layers have a wrong double backward (torch 2.13: the fused weight_norm), and nothing else would tell.
+        """
+        indices = tuple(range(len(self.chosen)))
+        generator = make_generator(0, self.caller)
+        layout, parameters = self.layout, list(self.chosen.values())
+        with self._isolated(), explained(self.caller):
+            probes = draw_probes(
+                layout.size, 2, "gaussian", generator, dtype=layout.dtype, device=layout.device
+            ).mT.contiguous()
+            graph, local, _ = next(self._graphs(indices))
+            images = torch.zeros_like(probes)
+            for probe, image in zip(probes, images, strict=True):
+                layout.add_(image, graph.product(local, layout.split(probe, parameters)), 1.0)
+        difference = abs(float(probes[0] @ images[1]) - float(probes[1] @ images[0]))
+        # About ‖H‖_F, which the two inner products are compared with; the graph's precision is its parameters'.
+        scale = norm(images) / math.sqrt(2.0)
+        epsilon = max(torch.finfo(parameter.dtype).eps for parameter in parameters)
+        if difference > 30 * math.sqrt(epsilon) * scale and difference > 30 * epsilon * self._cancelled():
+            raise ValueError(
+                f"{self.caller}: the second derivative is not symmetric (uᵀHv and vᵀHu differ by {difference:.3g}, "
+                f"‖H‖ is about {scale:.3g}): a layer or the loss has a wrong double backward, like torch's fused "
+                "weight_norm or a custom autograd.Function that detaches in its backward; use ordinary operations"
+            )
+
+    def _cancelled(self) -> float:
+        """About ‖J‖_F²/N on the first batch, J the derivative of the model's output.
+
+        Where a saturated softmax cancels, ε of this is the round-off of a product, however small H itself is.
+        """
+        with self._isolated():
+            _, batch = next(iter(self._source.batches()))
+            try:
+                split = self._program.evaluate_split(batch, self.chosen)
+            except ValueError:  # the loss has a part beside the output, which does not cancel with it
+                return 0.0
+            generator = make_generator(1, self.caller)
+            draws = [torch.randn(o.shape, generator=generator, dtype=self.layout.dtype).to(o) for o in split.outputs]
+            gradients = differentiate(split.outputs, split.leaves, draws)
+        squares = sum(norm(gradient) ** 2 for gradient in gradients if gradient is not None)
+        return squares / (batch.size if self._reduction == "mean" else 1)
+
+
+class CurvatureOperator:
+    """A symmetric curvature matrix as a linear operator; made by the functions of `kronfac.operators`.
+
+    `op @ v` takes and returns a flat vector (n,), several as columns (n, k), or a list of tensors shaped like the
+    chosen parameters; flat vectors are laid out parameter by parameter in the order of `op.names`. The operator
+    follows the model: products are at the parameters that it has when they are computed.
+
+    Attributes:
+        names: the parameters it acts on, as in `model.named_parameters()`.
+    """
+
+    def __init__(self, engine: Engine, indices: tuple[int, ...]) -> None:
+        self._engine = engine
+        self._indices = indices
+        self._layout = engine.layout.subset(indices)
+        self.names = self._layout.names
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n, n) with n the number of entries of the chosen parameters."""
+        return (self._layout.size, self._layout.size)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the vectors: float64 if a chosen parameter is float64, else float32."""
+        return self._layout.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the vectors: that of the first chosen parameter."""
+        return self._layout.device
+
+    @overload
+    def __matmul__(self, vectors: Tensor) -> Tensor: ...
+
+    @overload
+    def __matmul__(self, vectors: Parts) -> list[Tensor]: ...
+
+    def __matmul__(self, vectors: Tensor | list[Tensor] | tuple[Tensor, ...]) -> Tensor | list[Tensor]:
+        """Multiply with a vector (n,), with the columns of a matrix (n, k), or with tensors shaped like the parameters.
+
+        Several columns cost less than as many products: they share one pass over the data.
+
+        Raises:
+            TypeError: not tensors of the operator's type.
+            ValueError: wrong shape or device, changed data, or a product that is not finite.
+        """
+        if isinstance(vectors, list | tuple):
+            flat = self._flatten(vectors)
+            return self._layout.split(self._engine.multiply(self._indices, self._layout, flat[None])[0], vectors)
+        self._check(vectors)
+        rows = vectors.detach()
+        rows = rows[None] if rows.ndim == 1 else rows.mT
+        product = self._engine.multiply(self._indices, self._layout, rows.contiguous())
+        return product[0] if vectors.ndim == 1 else product.mT
+
+    def blocks(self) -> dict[str, CurvatureOperator]:
+        """The diagonal blocks, one per module that owns chosen parameters.
+
+        Returns:
+            Operators by module name as in `model.named_modules()` (the empty name is the model itself), each on that
+            module's own chosen parameters. They share data and graphs with this operator.
+        """
+        owned: dict[str, list[int]] = {}
+        for index, name in zip(self._indices, self.names, strict=True):
+            owned.setdefault(name.rpartition(".")[0], []).append(index)
+        return {module: CurvatureOperator(self._engine, tuple(indices)) for module, indices in owned.items()}
+
+    def to_dense(self) -> Tensor:
+        """Write the matrix out, (n, n): for small n, at the cost of n products. Symmetric up to round-off."""
+        identity = torch.eye(self._layout.size, dtype=self.dtype, device=self.device)
+        starts = range(0, self._layout.size, _DENSE_COLUMNS)
+        return torch.cat([self @ identity[:, first : first + _DENSE_COLUMNS] for first in starts], dim=1)
+
+    def to_scipy(self) -> Any:
+        """Wrap as a `scipy.sparse.linalg.LinearOperator` on numpy vectors of the same type.
+
+        Raises:
+            ImportError: scipy is not installed.
+        """
+        try:
+            from scipy.sparse.linalg import LinearOperator
+        except ImportError as error:
+            raise ImportError("CurvatureOperator.to_scipy: needs scipy; install it with `pip install scipy`") from error
+
+        def multiply(vectors: Any) -> Any:
+            # A copy: scipy hands over read-only and strided arrays.
+            columns = torch.tensor(vectors, dtype=self.dtype, device=self.device)
+            return (self @ columns.reshape(self._layout.size, -1)).cpu().numpy().reshape(vectors.shape)
+
+        dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
+        return LinearOperator(
+            self.shape, matvec=multiply, rmatvec=multiply, matmat=multiply, rmatmat=multiply, dtype=dtype
+        )
+
+    def release(self) -> None:
+        """Free the graph that is kept between products (of this operator and its blocks); the next one rebuilds it."""
+        self._engine.release()
+
+    def __repr__(self) -> str:
+        kind = self._engine.caller.rpartition(".")[2]
+        return f"<{kind} operator {self.shape[0]} x {self.shape[1]}, {self.dtype}, {self.device}>"
+
+    def _check(self, vectors: Any) -> None:
+        where = f"{self._engine.caller} @ v"
+        size = self._layout.size
+        if not isinstance(vectors, Tensor):
+            hint = "; use op.to_scipy() for numpy arrays" if type(vectors).__module__ == "numpy" else ""
+            raise TypeError(f"{where}: v: expected a tensor, got {type(vectors).__name__}{hint}")
+        if vectors.dtype != self.dtype:
+            raise TypeError(f"{where}: v: expected {self.dtype}, got {vectors.dtype}; convert with v.to(op.dtype)")
+        if vectors.ndim not in (1, 2) or vectors.shape[0] != size:
+            raise ValueError(f"{where}: v: expected shape ({size},) or ({size}, k), got {tuple(vectors.shape)}")
+        if vectors.device != self.device:
+            raise ValueError(f"{where}: v: expected a tensor on {self.device}, got {vectors.device}")
+
+    def _flatten(self, parts: Sequence[Any]) -> Tensor:
+        where = f"{self._engine.caller} @ v"
+        shapes = [tuple(shape) for shape in self._layout.shapes]
+        got = [tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in parts]
+        if got != shapes:
+            raise ValueError(f"{where}: v: expected tensors of the parameters' shapes {shapes}, got {got}")
+        for part in parts:
+            if not part.dtype.is_floating_point:
+                raise TypeError(f"{where}: v: expected floating-point tensors, got {part.dtype}")
+        return torch.cat([part.detach().reshape(-1).to(self.device, self.dtype) for part in parts])
+
+
+def _generators(data: Any) -> Iterator[torch.Generator]:
+    """Generators that a loader and its samplers draw from."""
+    for owner in (data, getattr(data, "sampler", None), getattr(data, "batch_sampler", None)):
+        generator = getattr(owner, "generator", None)
+        if isinstance(generator, torch.Generator):
+            yield generator

@@ -1,0 +1,94 @@
+"""The generalised Gauss-Newton matrix of a loss as a linear operator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kronfac.operators.base import BatchGraph, CurvatureOperator, Engine
+from kronfac.operators.data import Batch, BatchSize
+from kronfac.operators.program import LossFunction, differentiate, refuse_constant
+
+
+def ggn(
+    model: nn.Module,
+    loss_fn: LossFunction,
+    data: Any,
+    params: Iterable[str | Tensor] | None = None,
+    *,
+    reduction: str = "mean",
+    batch_size: BatchSize | None = None,
+    keep_graph: bool | None = None,
+) -> CurvatureOperator:
+    """The generalised Gauss-Newton matrix E[Jᵀ H_L J] over all the data, with respect to the chosen parameters.
+
+    J is the Jacobian of the model's output with respect to the parameters, H_L the Hessian of loss_fn with respect to
+    the output (Schraudolph 2002). It is positive semi-definite when the loss is convex in the output, and for cross
+    entropy and squared error it is the Fisher matrix. Jv is taken by differentiating Jᵀu with respect to u, so that
+    no layer needs a forward mode. The model is run and left as by `kronfac.operators.hessian`.
+
+    Args:
+        model: the model; its output is a tensor or nested tuples, lists and dicts of tensors.
+        loss_fn: called as loss_fn(output, targets), returns a scalar; it may depend on parameters through the output
+            only.
+        data: as in `kronfac.operators.hessian`.
+        params: as in `kronfac.operators.hessian`.
+        reduction: as in `kronfac.operators.hessian`.
+        batch_size: as in `kronfac.operators.hessian`.
+        keep_graph: as in `kronfac.operators.hessian`.
+
+    Returns:
+        The operator, at the parameters the model has at each product.
+
+    Raises:
+        TypeError: an argument or the model's output of the wrong type, an iterator that can be read only once.
+        ValueError: as `kronfac.operators.hessian`; and a loss that depends on parameters other than through the output.
+        RuntimeError: the model or the loss cannot be differentiated twice.
+    """
+    engine = _GgnEngine(
+        model,
+        loss_fn,
+        data,
+        params,
+        reduction=reduction,
+        batch_size=batch_size,
+        keep_graph=keep_graph,
+        caller="kronfac.operators.ggn",
+    )
+    return CurvatureOperator(engine, tuple(range(len(engine.chosen))))
+
+
+@dataclass(frozen=True, eq=False)
+class _GgnGraph:
+    leaves: list[Tensor]
+    outputs: list[Tensor]
+    cotangents: list[Tensor]  # u, at which the value does not matter: Jᵀu is linear in it
+    pullbacks: list[Tensor | None]  # Jᵀu per leaf
+    cuts: list[Tensor]
+    loss_gradients: list[Tensor | None]  # of the loss with respect to the cuts
+
+    def product(self, indices: Sequence[int], vectors: Sequence[Tensor]) -> list[Tensor | None]:
+        pullbacks = [self.pullbacks[index] for index in indices]
+        pushed = _filled(differentiate(pullbacks, self.cotangents, vectors), self.cotangents)
+        curved = _filled(differentiate(self.loss_gradients, self.cuts, pushed), self.cuts)
+        return differentiate(self.outputs, [self.leaves[index] for index in indices], curved)
+
+
+class _GgnEngine(Engine):
+    def build(self, batch: Batch, chosen: Mapping[str, Tensor]) -> BatchGraph:
+        evaluation = self._program.evaluate_split(batch, chosen)
+        if len(chosen) == len(self.chosen):
+            refuse_constant(evaluation.loss, self.caller)
+        cotangents = [torch.zeros_like(output, requires_grad=True) for output in evaluation.outputs]
+        pullbacks = differentiate(evaluation.outputs, evaluation.leaves, cotangents, create_graph=True)
+        one = torch.ones_like(evaluation.loss)
+        loss_gradients = differentiate([evaluation.loss], evaluation.cuts, [one], create_graph=True)
+        return _GgnGraph(evaluation.leaves, evaluation.outputs, cotangents, pullbacks, evaluation.cuts, loss_gradients)
+
+
+def _filled(parts: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.zeros_like(reference) if part is None else part for part, reference in zip(parts, like, strict=True)]

@@ -1,0 +1,288 @@
+"""Model and loss as one function of the parameters, evaluated batch by batch with the checks that keep it honest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils import _pytree as pytree
+
+from kronfac.operators.data import Batch, to_device
+from kronfac.operators.isolation import RandomStreams, accelerator_devices
+
+LossFunction = Callable[[Any, Any], Tensor]
+"""Called as loss_fn(output, targets); returns a scalar."""
+
+_NOT_TWICE = ("derivative for", "differentiate twice", "not implemented", "does not support")
+
+
+@dataclass(frozen=True, eq=False)
+class LossEvaluation:
+    """The loss of a batch as a function of the leaves.
+
+    Attributes:
+        loss: scalar with its graph.
+        leaves: stand-ins of the chosen parameters that the graph ends in.
+    """
+
+    loss: Tensor
+    leaves: list[Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class SplitEvaluation:
+    """Model and loss of a batch as two graphs that meet at the output.
+
+    Attributes:
+        outputs: floating-point outputs of the model, with their graph to the leaves.
+        cuts: their detached copies, of which the loss is a function.
+        loss: scalar with its graph to the cuts.
+        leaves: stand-ins of the chosen parameters.
+    """
+
+    outputs: list[Tensor]
+    cuts: list[Tensor]
+    loss: Tensor
+    leaves: list[Tensor]
+
+
+class Program(nn.Module):
+    """loss_fn(model(inputs), targets) with the parameters as arguments.
+
+    The model runs on stand-ins that share memory with its parameters: neither `.grad`, nor `requires_grad`, nor hooks
+    on parameters are touched, frozen parameters can be differentiated, and buffers written in the forward are copies.
+
+    Args:
+        model: the model; a `torch.compile` wrapper is taken off (compiled graphs have no double backward).
+        loss_fn: the loss.
+        caller: the public function that error messages name.
+    """
+
+    def __init__(self, model: nn.Module, loss_fn: LossFunction, caller: str) -> None:
+        super().__init__()
+        self.model = model
+        self.loss_fn = loss_fn
+        self.caller = caller
+        devices = {tensor.device for tensor in [*model.parameters(), *model.buffers()]}
+        self._device = next(iter(devices)) if len(devices) == 1 else None
+        self._accelerators = accelerator_devices(model)
+        self._graph_checked = False
+
+    def evaluate(self, batch: Batch, chosen: Mapping[str, Tensor]) -> LossEvaluation:
+        """Run forward and loss with fresh leaves for the chosen parameters.
+
+        Raises:
+            ValueError, TypeError: the loss is no finite differentiable scalar, draws random numbers, or uses parameters
+                through references of its own.
+        """
+        leaves, values = self._stand_ins(chosen)
+        before = RandomStreams(self._accelerators)
+        loss = functional_call(self, values, (batch, False), tie_weights=True)
+        self._check_loss(loss, before)
+        self._check_graph([loss], chosen)
+        return LossEvaluation(loss.reshape(()), leaves)
+
+    def evaluate_split(self, batch: Batch, chosen: Mapping[str, Tensor]) -> SplitEvaluation:
+        """The same with the graph cut at the model's output.
+
+        Raises:
+            ValueError, TypeError: as `evaluate`, and when the loss reaches parameters other than through the output.
+        """
+        leaves, values = self._stand_ins(chosen)
+        before = RandomStreams(self._accelerators)
+        outputs, cuts, loss = functional_call(self, values, (batch, True), tie_weights=True)
+        self._check_loss(loss, before)
+        self._check_graph([loss, *outputs], chosen)
+        if _variables(_nodes([loss])) & {id(leaf) for leaf in leaves}:
+            raise ValueError(
+                f"{self.caller}: loss_fn: the loss depends on parameters other than through the model's output (a "
+                "regulariser?), which the Gauss-Newton matrix does not see; take that term out and add its Hessian, "
+                "or use kronfac.operators.hessian"
+            )
+        return SplitEvaluation(outputs, cuts, loss.reshape(()), leaves)
+
+    def forward(self, batch: Batch, cut: bool) -> Any:
+        """Called through `functional_call`, so that the loss too sees the stand-ins in model.parameters()."""
+        inputs, targets = to_device(batch.inputs, self._device), to_device(batch.targets, self._device)
+        if isinstance(inputs, Mapping):
+            output = self.model(**inputs)
+        elif isinstance(inputs, tuple | list):
+            output = self.model(*inputs)
+        else:
+            output = self.model(inputs)
+        if not cut:
+            return self.loss_fn(output, targets)
+        flat, structure = pytree.tree_flatten(output)
+        outputs, cuts = [], []
+        for position, part in enumerate(flat):
+            if isinstance(part, Tensor) and part.requires_grad:
+                outputs.append(part)
+                cuts.append(part.detach().requires_grad_())
+                # A copy, because losses may write to their argument, which a leaf forbids.
+                flat[position] = cuts[-1].clone()
+        if not any(isinstance(part, Tensor) for part in flat):
+            raise TypeError(
+                f"{self.caller}: model: expected a tensor or a tuple, list or dict of tensors as output, "
+                f"got {type(output).__name__}"
+            )
+        return outputs, cuts, self.loss_fn(pytree.tree_unflatten(flat, structure), targets)
+
+    def _stand_ins(self, chosen: Mapping[str, Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
+        leaves = {name: parameter.detach().requires_grad_() for name, parameter in chosen.items()}
+        values: dict[str, Tensor] = {}
+        for name, parameter in self.model.named_parameters():
+            values[f"model.{name}"] = leaves.get(name, parameter.detach())
+        for name, buffer in self.named_buffers():
+            values[name] = buffer.clone()
+        return [leaves[name] for name in chosen], values
+
+    def _check_loss(self, loss: Any, before: RandomStreams) -> None:
+        if before.moved():
+            raise ValueError(
+                f"{self.caller}: model, loss_fn: random numbers were drawn although the model is in eval mode, so that "
+                "every product would be of another function; make the forward deterministic (functional dropout needs "
+                "training=self.training)"
+            )
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(
+                f'{self.caller}: loss_fn: expected a scalar tensor, got {got}; reduce it by "mean" or "sum"'
+            )
+        if not loss.dtype.is_floating_point:
+            raise TypeError(f"{self.caller}: loss_fn: expected a real floating-point loss, got {loss.dtype}")
+        if not torch.isfinite(loss):
+            raise ValueError(
+                f"{self.caller}: loss_fn: the loss is {loss.item()}; check data and parameters for NaN or infinity"
+            )
+
+    def _check_graph(self, roots: Sequence[Tensor], chosen: Mapping[str, Tensor]) -> None:
+        """Look through the graph of the first batch for what would silently be left out of the second derivative."""
+        if self._graph_checked:
+            return
+        originals = {id(parameter) for parameter in [*self.model.parameters(), *chosen.values()]}
+        nodes = _nodes(roots)
+        if _variables(nodes) & originals:
+            raise ValueError(
+                f"{self.caller}: model, loss_fn: parameters are used through references of its own (a list made "
+                "beforehand, a closure), which would be left out of the derivative; take them from the model's "
+                "attributes or model.parameters() when called"
+            )
+        for node in nodes:
+            function = getattr(type(node), "_forward_cls", None)
+            code = getattr(getattr(function, "backward", None), "__code__", None)
+            # The decorator's `wrapper` lives in torch's own file. It raises only where the incoming gradient has a
+            # graph; elsewhere the result is taken for a constant, and the second derivative is silently zero.
+            if code is not None and (code.co_name, code.co_filename) == ("wrapper", torch.autograd.function.__file__):
+                raise RuntimeError(
+                    f"{self.caller}: the loss cannot be differentiated twice: {type(node).__name__} is marked with "
+                    "@once_differentiable; replace it by a function whose backward is made of differentiable operations"
+                )
+        self._graph_checked = True
+
+
+@contextmanager
+def explained(caller: str) -> Iterator[None]:
+    """Say what to do when autograd refuses the second derivative.
+
+    Raises:
+        RuntimeError: with the remedy, instead of autograd's.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(phrase in str(error) for phrase in _NOT_TWICE):
+            raise
+        reason = str(error).split("\n", maxsplit=1)[0]
+        raise RuntimeError(
+            f"{caller}: the loss cannot be differentiated twice: {reason}. Replace that function by one whose backward "
+            "is made of differentiable operations"
+        ) from error
+
+
+def refuse_constant(loss: Tensor, caller: str) -> None:
+    """Refuse a loss without a graph.
+
+    Raises:
+        ValueError: the loss depends on none of the chosen parameters.
+    """
+    if not loss.requires_grad:
+        raise ValueError(
+            f"{caller}: the loss depends on none of the chosen parameters (are they unused, or is the model's output "
+            "detached or computed under no_grad?)"
+        )
+
+
+def refuse_wrapper(model: Any, caller: str) -> nn.Module:
+    """Return the module to differentiate: without a `torch.compile` wrapper.
+
+    Raises:
+        TypeError: no nn.Module, a scripted one, or a wrapper that runs on several devices or processes.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{caller}: model: expected a torch.nn.Module, got {type(model).__name__}")
+    inner = getattr(model, "_orig_mod", None)
+    module: nn.Module = inner if isinstance(inner, nn.Module) else model
+    if isinstance(module, torch.jit.ScriptModule):
+        raise TypeError(f"{caller}: model: a scripted module cannot run on other tensors; pass the original module")
+    if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise TypeError(
+            f"{caller}: model: expected the module itself, got {type(module).__name__}; pass model.module "
+            "(every process then analyses the data that it was given)"
+        )
+    return module
+
+
+def differentiate(
+    outputs: Sequence[Tensor | None],
+    inputs: Sequence[Tensor],
+    vectors: Sequence[Tensor],
+    *,
+    create_graph: bool = False,
+) -> list[Tensor | None]:
+    """Vector-Jacobian product that keeps the graph; None where nothing depends on an input.
+
+    Args:
+        outputs: values; None or values without a graph contribute nothing.
+        inputs: what to differentiate with respect to.
+        vectors: one per output.
+        create_graph: whether the result can be differentiated again.
+    """
+    live = [
+        (output, vector)
+        for output, vector in zip(outputs, vectors, strict=True)
+        if output is not None and output.requires_grad
+    ]
+    if not live:
+        return [None] * len(inputs)
+    return list(
+        torch.autograd.grad(
+            [output for output, _ in live],
+            list(inputs),
+            [vector for _, vector in live],
+            retain_graph=True,
+            create_graph=create_graph,
+            allow_unused=True,
+        )
+    )
+
+
+def _nodes(roots: Sequence[Tensor]) -> set[Any]:
+    """All nodes of the graphs that end in the given tensors."""
+    seen: set[Any] = set()
+    stack: list[Any] = [root.grad_fn for root in roots]
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            stack.extend(parent for parent, _ in node.next_functions)
+    return seen
+
+
+def _variables(nodes: set[Any]) -> set[int]:
+    """Identities of the leaf tensors that gradients of these nodes accumulate in."""
+    return {id(node.variable) for node in nodes if hasattr(node, "variable")}

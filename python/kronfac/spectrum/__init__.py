@@ -1,0 +1,10 @@
+"""Eigenvalues, trace and density of symmetric operators, with the error of each estimate."""
+
+from __future__ import annotations
+
+from kronfac.spectrum.density import density as density
+from kronfac.spectrum.eigsh import eigsh as eigsh
+from kronfac.spectrum.results import DensityResult as DensityResult
+from kronfac.spectrum.results import EigenResult as EigenResult
+from kronfac.spectrum.results import TraceResult as TraceResult
+from kronfac.spectrum.trace import trace as trace

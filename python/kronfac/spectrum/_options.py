@@ -1,0 +1,52 @@
+"""Checks that the spectral methods share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+Progress = Callable[[int, int | None], None]
+"""Called as progress(products done, products in all or None where that is not known beforehand)."""
+
+# A density or trace run holds bases of several probes at once only while they stay below this many bytes.
+BASIS_BYTES = 2**30
+
+
+def check_count(value: object, name: str, caller: str, *, least: int, most: int | None = None) -> int:
+    """Return an integer option within its range.
+
+    Raises:
+        TypeError: not an integer.
+        ValueError: out of range.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{caller}: {name}: expected an integer, got {value!r}")
+    if value < least or (most is not None and value > most):
+        bound = f"at least {least}" if most is None else f"between {least} and {most}"
+        raise ValueError(f"{caller}: {name}: expected {bound}, got {value}")
+    return value
+
+
+def check_positive(value: object, name: str, caller: str) -> float:
+    """Return a finite number greater than zero.
+
+    Raises:
+        TypeError: not a real number.
+        ValueError: not finite or not positive.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{caller}: {name}: expected a number, got {value!r}")
+    if not math.isfinite(value) or value <= 0:
+        raise ValueError(f"{caller}: {name}: expected a finite number greater than 0, got {value}")
+    return float(value)
+
+
+def check_choice(value: object, name: str, caller: str, choices: tuple[str, ...]) -> str:
+    """Return one of a few words.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{caller}: {name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+    return value

@@ -1,0 +1,171 @@
+"""What the spectral methods return: frozen records that can draw themselves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from kronfac.spectrum._plotting import axes_or_new
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+@dataclass(frozen=True, eq=False)
+class EigenResult:
+    """Eigenpairs of a symmetric operator.
+
+    Attributes:
+        values: eigenvalues (k,), in the order that was asked for.
+        vectors: unit eigenvectors as columns (n, k).
+        residuals: measured norms ‖Av - λv‖ (k,). An exact eigenvalue lies within the residual of each value.
+        converged: whether each residual met the tolerance, bool (k,).
+        products: products with single vectors that were spent, those for the residuals included.
+    """
+
+    values: Tensor
+    vectors: Tensor
+    residuals: Tensor
+    converged: Tensor
+    products: int
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the eigenvalues against their rank; bars show the residuals, hollow marks have not converged.
+
+        Args:
+            ax: axes to draw on; a new figure by default.
+
+        Returns:
+            The axes.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        axes: Any = axes_or_new(ax, "EigenResult.plot")
+        values, residuals = self.values.cpu().numpy(), self.residuals.cpu().numpy()
+        converged = self.converged.cpu().numpy()
+        rank = np.arange(1, len(values) + 1)
+        axes.vlines(rank, 0.0, values, color="0.8", linewidth=1.0, zorder=1)
+        axes.axhline(0.0, color="0.5", linewidth=0.8, zorder=1)
+        for mask, face, label in ((converged, "C0", "converged"), (~converged, "none", "not converged")):
+            if mask.any():
+                axes.errorbar(
+                    rank[mask],
+                    values[mask],
+                    yerr=residuals[mask],
+                    fmt="o",
+                    color="C0",
+                    markerfacecolor=face,
+                    capsize=2.0,
+                    label=label,
+                )
+        if not converged.all():
+            axes.legend()
+        axes.set_xlabel("rank")
+        axes.set_ylabel("eigenvalue")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        return axes  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, eq=False)
+class TraceResult:
+    """A stochastic estimate of a trace.
+
+    Attributes:
+        value: the estimate.
+        stderr: its standard error; the truth lies within two of them in about 95 % of all cases.
+        products: products with single vectors that were spent.
+        samples: the single estimates vᵀAv (products,), float64; `value` is their mean.
+    """
+
+    value: float
+    stderr: float
+    products: int
+    samples: Tensor
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the running mean against the number of probes with a band of two standard errors.
+
+        Args:
+            ax: axes to draw on; a new figure by default.
+
+        Returns:
+            The axes.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        axes: Any = axes_or_new(ax, "TraceResult.plot")
+        samples = self.samples.cpu().numpy()
+        count = np.arange(1, len(samples) + 1)
+        mean = np.cumsum(samples) / count
+        # Welford's sums would be safer for samples of huge mean; for a picture the two-pass form on prefixes is exact.
+        spread = np.array([samples[:used].std(ddof=1) if used > 1 else np.nan for used in count])
+        band = 2.0 * spread / np.sqrt(count)
+        low, high = mean - band, mean + band
+        axes.fill_between(count, low, high, color="C0", alpha=0.2, linewidth=0.0, label="±2 standard errors")
+        axes.plot(count, mean, color="C0", label="running mean")
+        axes.set_xlabel("probes")
+        axes.set_ylabel("trace")
+        axes.set_xlim(1, max(2, len(samples)))
+        axes.legend()
+        return axes  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, eq=False)
+class DensityResult:
+    """A spectral density estimated by stochastic Lanczos quadrature.
+
+    Attributes:
+        grid: points (g,) at which the density is given, ascending, float64.
+        values: the density (g,) at these points; its integral is 1.
+        nodes: quadrature nodes (Ritz values) of all probes, ascending, float64.
+        weights: their weights, summing to 1. Nodes and weights are the estimate before broadening.
+        sigma: standard deviation of the Gaussian that each node is broadened by.
+        trace: the trace that nodes and weights imply, n Σ wθ.
+        trace_stderr: its standard error over the probes.
+        squared_frobenius: the squared Frobenius norm they imply, n Σ wθ².
+        squared_frobenius_stderr: its standard error over the probes.
+        products: products with single vectors that were spent.
+    """
+
+    grid: Tensor
+    values: Tensor
+    nodes: Tensor
+    weights: Tensor
+    sigma: float
+    trace: float
+    trace_stderr: float
+    squared_frobenius: float
+    squared_frobenius_stderr: float
+    products: int
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the density on a logarithmic axis, where single eigenvalues far from the bulk still show.
+
+        Args:
+            ax: axes to draw on; a new figure by default.
+
+        Returns:
+            The axes.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        axes: Any = axes_or_new(ax, "DensityResult.plot")
+        grid, values = self.grid.cpu().numpy(), self.values.cpu().numpy()
+        # The peak of a single node of the least weight that matters: below its foot there is nothing to see.
+        weights = self.weights.cpu().numpy()
+        least = float(weights[weights > 1e-12 * weights.max()].min())
+        floor = max(1e-2 * least / (self.sigma * np.sqrt(2.0 * np.pi)), 1e-9 * float(values.max()))
+        axes.fill_between(grid, floor, np.maximum(values, floor), color="C0", alpha=0.2, linewidth=0.0)
+        axes.plot(grid, np.maximum(values, floor), color="C0", linewidth=1.2)
+        axes.set_yscale("log")
+        axes.set_ylim(floor, 3.0 * float(values.max()))
+        axes.set_xlim(float(grid[0]), float(grid[-1]))
+        axes.set_xlabel("eigenvalue")
+        axes.set_ylabel(f"density (σ = {self.sigma:.2g})")
+        return axes  # type: ignore[no-any-return]

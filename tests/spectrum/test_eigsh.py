@@ -1,0 +1,217 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kronfac.operators import ggn, hessian
+from kronfac.spectrum import EigenResult, eigsh
+from tests.linalg.matrices import Counted, with_spectrum
+from tests.operators.cases import CASES, dense_hessian, make_case
+
+ORDERS = ("magnitude", "largest", "smallest")
+
+
+def _wanted(values: npt.NDArray[np.float64], k: int, which: str) -> npt.NDArray[np.float64]:
+    keys = {"magnitude": -np.abs(values), "largest": -values, "smallest": values}[which]
+    return values[np.argsort(keys, kind="stable")][:k]
+
+
+def _check(result: EigenResult, matrix: torch.Tensor, k: int, which: str, tolerance: float) -> None:
+    """Values against numpy's, order, residuals, orthonormal vectors, flags."""
+    dense = matrix.double()
+    exact = np.linalg.eigvalsh(dense.numpy())
+    norm = float(np.abs(exact).max())
+    values = result.values.double().numpy()
+    wanted = _wanted(exact, k, which)
+    if which == "magnitude":  # λ and -λ may come in either order
+        np.testing.assert_allclose(np.abs(values), np.abs(wanted), atol=tolerance * norm)
+        assert (np.diff(np.abs(values)) <= 1e-6 * norm).all()
+    else:
+        np.testing.assert_allclose(values, wanted, atol=tolerance * norm)
+    vectors = result.vectors.double()
+    assert vectors.shape == (len(dense), k)
+    slack = 1e-12 if matrix.dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(vectors.mT @ vectors, torch.eye(k, dtype=torch.float64), atol=slack, rtol=0.0)
+    residuals = torch.linalg.vector_norm(dense @ vectors - vectors * result.values.double(), dim=0)
+    torch.testing.assert_close(residuals, result.residuals.double(), atol=slack * max(norm, 1e-300), rtol=0.0)
+    assert result.converged.dtype == torch.bool
+    assert result.converged.all()
+
+
+SPECTRA: dict[str, npt.NDArray[np.float64]] = {
+    "gaussian": np.random.default_rng(0).standard_normal(200),
+    "repeated": np.concatenate([[5, 5, 5, 4, 4, -6, -6], np.random.default_rng(1).uniform(-1, 1, 143)]),
+    "identity": np.ones(20),
+    "plus_minus": np.array([3.0] * 10 + [-3.0] * 10),
+    "low_rank": np.concatenate([[3.0, 2.0, 1.0], np.zeros(97)]),
+    "decaying": 1.0 / np.arange(1, 151) ** 2,
+    "network": np.concatenate([[90, 40, 22, 21, -3], np.random.default_rng(2).exponential(0.2, 295)]),
+    "negative": -np.linspace(1, 2, 30),
+    "one": np.array([2.5]),
+    "two": np.array([1.0, -1.0]),
+    "zero": np.zeros(7),
+    "tiny": 1e-30 * np.linspace(1, 3, 40),
+    "huge": 1e30 * np.linspace(1, 3, 40),
+}
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+@pytest.mark.parametrize("which", ORDERS)
+def test_equals_numpy(name: str, which: str) -> None:
+    values = SPECTRA[name]
+    matrix = with_spectrum(values)
+    for k in sorted({1, min(7, len(values)), len(values) if len(values) <= 40 else 12}):
+        _check(eigsh(matrix, k, which, tol=1e-7), matrix, k, which, 1e-8)
+
+
+@pytest.mark.parametrize("name", ["gaussian", "repeated", "low_rank", "network", "zero", "identity"])
+@pytest.mark.parametrize("which", ORDERS)
+def test_float32(name: str, which: str) -> None:
+    matrix = with_spectrum(SPECTRA[name], dtype=torch.float32)
+    result = eigsh(matrix, min(7, len(matrix)), which)
+    assert result.values.dtype == torch.float32
+    _check(result, matrix, min(7, len(matrix)), which, 3e-6)
+
+
+@given(
+    size=st.integers(1, 60),
+    distinct=st.integers(1, 60),
+    share=st.floats(0, 1),
+    which=st.sampled_from(ORDERS),
+    basis=st.sampled_from([None, 0, 1, 5]),
+    seed=st.integers(0, 10_000),
+)
+def test_any_multiplicities_and_storage(
+    size: int, distinct: int, share: float, which: str, basis: int | None, seed: int
+) -> None:
+    generator = np.random.default_rng(seed)
+    values = generator.choice(generator.standard_normal(distinct), size)
+    matrix = with_spectrum(values, seed)
+    k = max(1, round(share * size))
+    basis_size = None if basis is None else min(size, k + 3) + basis
+    result = eigsh(matrix, k, which, tol=1e-7, basis_size=basis_size, max_products=20_000, seed=seed)
+    # Beyond 1 % of the spectrum's width no eigenvalue may be missed; within, a neighbour may stand in.
+    exact = _wanted(np.linalg.eigvalsh(matrix.numpy()), k, which)
+    width = float(values.max() - values.min())
+    found = result.values.numpy()
+    assert result.converged.all()
+    if which == "magnitude":
+        exact, found = np.abs(exact), np.abs(found)
+    assert np.abs(found - exact).max() <= 0.01 * width + 1e-8
+
+
+def test_finds_every_copy_of_a_top_eigenvalue() -> None:
+    values = np.concatenate([[10.0] * 6, np.linspace(0, 5, 200)])
+    matrix = with_spectrum(values)
+    np.testing.assert_allclose(eigsh(matrix, 8).values.numpy(), [10.0] * 6 + [5.0, values[-2]], atol=1e-7)
+    single = eigsh(matrix, 2, multiplicity=False)
+    assert single.values[0] == pytest.approx(10.0)
+    assert single.products < eigsh(matrix, 2).products
+
+
+def test_restarts_with_little_storage() -> None:
+    matrix = with_spectrum(SPECTRA["gaussian"])
+    small = eigsh(matrix, 5, basis_size=12, tol=1e-7)
+    _check(small, matrix, 5, "magnitude", 1e-8)
+    large = eigsh(matrix, 5, tol=1e-7)
+    assert small.products > large.products > 5
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_hessians_of_networks(name: str) -> None:
+    for dtype, tolerance in ((torch.float64, 1e-8), (torch.float32, 1e-5)):
+        case = make_case(name, dtype)
+        result = eigsh(hessian(case.model, case.loss_fn, (case.inputs, case.targets)), 6)
+        exact = case.to(torch.float64)
+        dense = dense_hessian(exact.model, exact.loss_fn, exact.inputs, exact.targets)
+        expected = _wanted(np.linalg.eigvalsh(dense.numpy()), 6, "magnitude")
+        np.testing.assert_allclose(result.values.double().numpy(), expected, atol=tolerance * abs(expected[0]))
+        assert result.converged.all()
+        assert float(result.residuals.max()) <= 1e-3 * abs(float(result.values[0]))
+
+
+def test_blocks_of_a_network() -> None:
+    case = make_case("convnet")
+    operator = ggn(case.model, case.loss_fn, (case.inputs, case.targets))
+    for block in operator.blocks().values():
+        top = eigsh(block, 1, "largest").values[0]
+        assert float(top) == pytest.approx(float(torch.linalg.eigvalsh(block.to_dense())[-1]), rel=1e-8)
+
+
+def test_many_parameters_in_float32() -> None:
+    # Sums over n = 10⁶ entries in float32 would put every value off by 10⁻⁴.
+    diagonal = torch.from_numpy(np.random.default_rng(0).exponential(0.2, 1_000_000)).float()
+    diagonal[:4] = torch.tensor([90.0, 90.0, 40.0, -22.0])
+
+    class Diagonal:
+        shape = (len(diagonal), len(diagonal))
+        dtype = torch.float32
+
+        def __matmul__(self, vectors: torch.Tensor) -> torch.Tensor:
+            return vectors * (diagonal if vectors.ndim == 1 else diagonal[:, None])
+
+    result = eigsh(Diagonal(), 4)
+    np.testing.assert_allclose(result.values.numpy(), [90.0, 90.0, 40.0, -22.0], rtol=2e-6)
+    assert result.converged.all()
+
+
+def test_products_are_counted_and_reported() -> None:
+    operator = Counted(with_spectrum(SPECTRA["network"]))
+    calls: list[tuple[int, int | None]] = []
+    result = eigsh(operator, 4, progress=lambda done, total: calls.append((done, total)))
+    assert result.products == operator.products == calls[-1][0]
+    assert [done for done, _ in calls] == sorted(done for done, _ in calls)
+
+
+def test_budget() -> None:
+    operator = Counted(with_spectrum(np.linspace(0, 1, 300)))
+    result = eigsh(operator, 5, max_products=20, tol=1e-7)
+    assert operator.products == result.products == 20
+    assert not result.converged.all()
+    assert float(result.residuals.max()) > 1e-7
+    vectors = result.vectors
+    torch.testing.assert_close(
+        torch.linalg.vector_norm(operator.matrix @ vectors - vectors * result.values, dim=0), result.residuals
+    )
+
+
+def test_same_seed_same_result() -> None:
+    matrix = with_spectrum(SPECTRA["repeated"])
+    torch.manual_seed(1)
+    first = eigsh(matrix, 4, seed=5)
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    second = eigsh(matrix, 4, seed=5)
+    assert torch.equal(torch.get_rng_state(), state)
+    other = eigsh(matrix, 4, seed=6)
+    assert torch.equal(first.values, second.values)
+    assert torch.equal(first.vectors, second.vectors)
+    assert not torch.equal(first.vectors, other.vectors)
+    torch.testing.assert_close(first.values, other.values)
+
+
+def test_refusals() -> None:
+    matrix = torch.eye(4)
+    cases: list[tuple[dict[str, Any], type[Exception], str]] = [
+        ({"k": 5}, ValueError, "k: expected at most n = 4 eigenpairs, got 5"),
+        ({"k": 0}, ValueError, "k: expected at least 1, got 0"),
+        ({"k": 2.0}, TypeError, "k: expected an integer"),
+        ({"which": "LM"}, ValueError, "which: expected one of 'magnitude', 'largest', 'smallest', got 'LM'"),
+        ({"tol": 0.0}, ValueError, "tol: expected a finite number greater than 0"),
+        ({"tol": float("nan")}, ValueError, "tol: expected a finite number"),
+        ({"tol": "1"}, TypeError, "tol: expected a number"),
+        ({"k": 2, "max_products": 3}, ValueError, "max_products: expected at least 4, got 3"),
+        ({"basis_size": 2}, ValueError, "basis_size: expected at least 4, got 2"),
+        ({"seed": -1}, ValueError, "seed: expected an integer"),
+    ]
+    for options, error, match in cases:
+        with pytest.raises(error, match="kronfac.spectrum.eigsh: " + match):
+            eigsh(matrix, **options)
+    with pytest.raises(ValueError, match=r"kronfac.spectrum.eigsh: op: not symmetric"):
+        eigsh(Counted(torch.randn(30, 30)), 3)
