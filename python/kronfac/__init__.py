@@ -1,9 +1,30 @@
-"""Kronecker-factored curvature and Hessian spectra for PyTorch, with a compiled core."""
+"""Kronecker-factored curvature and Hessian spectra for PyTorch, with a compiled core.
+
+    optimizer = kronfac.KFAC(model, lr=0.1)  # was: torch.optim.SGD(model.parameters(), lr=0.1)
+
+`kronfac.KFAC` is the optimizer, `kronfac.operators` and `kronfac.spectrum` look at a trained network's Hessian,
+`kronfac.curvature` takes the factors alone, and `kronfac.ops` holds the compiled operators.
+"""
 
 from __future__ import annotations
 
 from importlib.metadata import version as _version
 
-from kronfac import _library as _library  # registers torch.ops.kronfac
+from kronfac import _library as _library  # first: registers torch.ops.kronfac
+from kronfac import curvature, linalg, operators, ops, optim, spectrum
+from kronfac.curvature import Bernoulli, Categorical, Gaussian
+from kronfac.optim import KFAC
 
+__all__ = [
+    "KFAC",
+    "Bernoulli",
+    "Categorical",
+    "Gaussian",
+    "curvature",
+    "linalg",
+    "operators",
+    "ops",
+    "optim",
+    "spectrum",
+]
 __version__ = _version("kronfac")

@@ -1,0 +1,474 @@
+"""KFAC: a torch optimizer that preconditions gradients with Kronecker-factored curvature."""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, NoReturn, TypeAlias, overload
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT, StateDict
+
+from kronfac.curvature import KroneckerFactors, Likelihood, Recorder, resolve_likelihood
+from kronfac.optim import options
+from kronfac.optim import state as checkpoint
+from kronfac.optim.groups import GroupedOptimizer
+from kronfac.optim.layers import Coverage, assign, check_layers, same_tensors
+from kronfac.optim.options import Schedule
+from kronfac.optim.report import Reporter
+from kronfac.optim.step import advance, unscale, world_size
+from kronfac.optim.structures import structure_for
+
+Number: TypeAlias = "float | Schedule"
+Count: TypeAlias = "int | Schedule"
+
+
+class KFAC(GroupedOptimizer):
+    """K-FAC: natural gradient descent with one Kronecker-factored Fisher block per layer.
+
+    Used like `torch.optim.SGD`, except that it is given the model, whose forward it watches::
+
+        optimizer = kronfac.KFAC(model, lr=0.1)
+        for x, y in loader:
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+
+    For a layer with inputs ā = [a; 1], output gradients g and gradient matrix V (out, in+1), the direction is
+    P = (G + √λ/π I)⁻¹ V (A + π√λ I)⁻¹ with A = E[ā āᵀ] and G = E[g gᵀ] (Martens & Grosse, arXiv:1503.05671;
+    convolutions: Grosse & Martens, arXiv:1602.01407), or with exact damping (A ⊗ G + λI)⁻¹ in the eigenbasis. P is
+    scaled by the KL clip and goes through momentum as the gradient does in SGD.
+
+    Step k (0-based) takes new statistics when k % factor_every == 0 and new inverses when k % inverse_every == 0, and
+    earlier where a layer has none. A step whose gradients, statistics or preconditioned gradients are not finite is
+    skipped whole: nothing but `skipped_steps` changes.
+
+    Parameters that no layer adapter covers (norms, embeddings, weights shared between modules, ...) train as SGD with
+    the same lr, momentum and weight decay, after one warning that names them. A layer of which some parameters are in
+    `params` and others are not is refused. Weight and bias of a layer may lie in different groups as long as damping,
+    kl_clip, factor_every and inverse_every agree; the layer then counts with the weight's decay in λ and the larger lr
+    in the KL clip.
+
+    Args:
+        model: the module to train. Statistics are taken in its training-mode forwards under grad mode.
+        lr: learning rate, >= 0. While the KL clip is active the step length does not depend on it.
+        params: what to train, as in torch: tensors, (name, tensor) pairs, or dicts of groups; None for all parameters
+            of the model. Groups may set lr, momentum, nesterov, weight_decay, decoupled, damping, kl_clip,
+            factor_every, inverse_every and sharing.
+        momentum: in [0, 1), acts on the preconditioned gradient.
+        nesterov: Nesterov's form of momentum.
+        weight_decay: η >= 0. L2: V + ηW is preconditioned and η joins λ.
+        decoupled: apply the decay to the weights instead, θ ← (1 - lr·η) θ.
+        damping: λ > 0.
+        likelihood: "categorical", "gaussian", "bernoulli" or a `kronfac.curvature.Likelihood`: what the loss is the
+            negative logarithm of.
+        output: callable(model output) -> logits, for models that return more than logits.
+        mask: callable(args, kwargs, model output) -> bool tensor that is False on padding.
+        fisher: "mc" (targets drawn from the model), "exact" (type-2/GGN) or "empirical" (the training targets).
+        fisher_samples: draws per example of "mc", >= 1.
+        reduction: "mean" or "sum": what `.grad` is over all examples since the last step. Only "empirical" needs it.
+        structure: "kfac".
+        sharing: "expand": how positions of a shared layer enter the factors.
+        solve: "inverse" (factored Tikhonov damping) or "eigen" (exact damping).
+        factor_decay: long-run decay of the running averages, in [0, 1].
+        factor_every: steps between statistics, >= 1.
+        inverse_every: steps between inverses, >= 1.
+        kl_clip: κ > 0, directions are scaled by min(1, √(κ / Σ_l lr_l² ⟨P_l, V_l⟩)); None switches the clip off. Groups
+            with different κ share the sum; parameters that train as SGD are neither in it nor scaled.
+        max_staleness: 0.
+        adaptive: False.
+        grad_scaler: the `torch.amp.GradScaler` in use; only needed for fisher="empirical" when gradients are unscaled
+            (`unscale_`) before the step.
+        seed: of the sampler's own generator; None takes `torch.initial_seed()`. Under a process group the rank is
+            added.
+
+    lr, damping, factor_every and inverse_every may be callables of the step; they are evaluated at every step and are
+    not part of a checkpoint.
+
+    Attributes:
+        clip_scales: per param group, the factor ν that the KL clip applied in the last step (0-dimensional tensor on
+            the device), None where nothing was clipped.
+        skipped_steps: steps that were skipped for non-finite values, GradScaler's included.
+        inverse_failures: layers whose inverse could not be renewed, so that the last good one was kept.
+        inverse_retries: factors that needed more damping than asked for.
+
+    Raises:
+        TypeError: an option of the wrong type.
+        ValueError: an option outside its range or unknown, a model without parameters, a layer split as described
+            above.
+    """
+
+    # GradScaler then hands over grad_scale and found_inf instead of waiting for the device and leaving step() out.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: Number,
+        *,
+        params: ParamsT | None = None,
+        momentum: float = 0.9,
+        nesterov: bool = False,
+        weight_decay: float = 0.0,
+        decoupled: bool = False,
+        damping: Number = 1e-3,
+        likelihood: str | Likelihood = "categorical",
+        output: Callable[[Any], Tensor] | None = None,
+        mask: Callable[[Any, Any, Any], Tensor] | None = None,
+        fisher: str = "mc",
+        fisher_samples: int = 1,
+        reduction: str = "mean",
+        structure: str = "kfac",
+        sharing: str = "expand",
+        solve: str = "inverse",
+        factor_decay: float = 0.95,
+        factor_every: Count = 1,
+        inverse_every: Count = 10,
+        kl_clip: float | None = 1e-3,
+        max_staleness: int = 0,
+        adaptive: bool = False,
+        grad_scaler: torch.amp.GradScaler | None = None,
+        seed: int | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"KFAC: model: expected a torch.nn.Module, got {type(model).__name__}; pass the model itself"
+            )
+        later = ("ekfac", "diagonal", "mini_block", "doubly_factored", "tridiagonal")
+        structure = options.choice("KFAC: structure", structure, ("kfac",), later)
+        solve = options.choice("KFAC: solve", solve, ("inverse", "eigen"))
+        if options.flag("KFAC: adaptive", adaptive):
+            raise ValueError("KFAC: adaptive: True is not available yet; use adaptive=False with an lr and a damping")
+        if max_staleness != 0:
+            raise ValueError(f"KFAC: max_staleness: {max_staleness!r} is not available yet; use max_staleness=0")
+        for name, function in (("output", output), ("mask", mask)):
+            if function is not None and not callable(function):
+                raise TypeError(f"KFAC: {name}: expected a callable or None, got {function!r}")
+        if grad_scaler is not None and not isinstance(grad_scaler, torch.amp.GradScaler):
+            raise TypeError(f"KFAC: grad_scaler: expected a torch.amp.GradScaler or None, got {grad_scaler!r}")
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+            raise TypeError(f"KFAC: seed: expected an integer or None, got {seed!r}")
+        self.model = model
+        self.structure = structure_for(structure, solve)
+        self.factor_decay = options.number("KFAC: factor_decay", factor_decay, high=1.0, open_high=False)
+        self.fisher = options.choice("KFAC: fisher", fisher, ("mc", "exact", "empirical"))
+        self.likelihood = resolve_likelihood(likelihood)
+        self._recording: dict[str, Any] = {
+            "likelihood": self.likelihood,
+            "output": output,
+            "mask": mask,
+            "fisher": self.fisher,
+            "fisher_samples": options.count("KFAC: fisher_samples", fisher_samples),
+            "reduction": options.choice("KFAC: reduction", reduction, ("mean", "sum")),
+            "sharing": options.choice("KFAC: sharing", sharing, ("expand",), ("reduce",)),
+        }
+        self._grad_scaler = grad_scaler
+        self._counters = dict.fromkeys(checkpoint.COUNTERS, 0)
+        self._reporter = Reporter()
+        self._recorder: Recorder | None = None
+        self._eager = True
+        self._finalizer: weakref.finalize[Any, Any] | None = None
+
+        if isinstance(params, (Tensor, set, frozenset)):
+            raise TypeError(f"KFAC: params: expected an ordered collection, got {type(params).__name__}; pass a list")
+        chosen: list[Any] = list(model.parameters() if params is None else params)
+        if not chosen:
+            what = "model: it has no parameters" if params is None else "params: no parameters given"
+            raise ValueError(f"KFAC: {what}; expected at least one")
+        defaults: dict[str, Any] = {
+            "lr": lr,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "weight_decay": weight_decay,
+            "decoupled": decoupled,
+            "damping": damping,
+            "kl_clip": kl_clip,
+            "factor_every": factor_every,
+            "inverse_every": inverse_every,
+            "sharing": sharing,
+        }
+        super().__init__(chosen, defaults)
+        self.register_state_dict_post_hook(_add_own_part)  # the first one: later hooks see the whole checkpoint
+
+        self.clip_scales: list[Tensor | None] = [None] * len(self.param_groups)
+        self._coverage = Coverage([])
+        self._generator = torch.Generator(self._home())
+        self._generator.manual_seed(((torch.initial_seed() if seed is None else seed) + _rank()) % 2**64)
+        self._cover()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a param group, as in torch. Call it between steps: statistics not yet committed by `step` are dropped.
+
+        Args:
+            param_group: "params" and any of the options a group may set.
+
+        Raises:
+            TypeError, ValueError: as at construction; the optimizer is then as it was.
+        """
+        super().add_param_group(param_group)
+        if self._recorder is None:  # under construction: the layers are assigned once all groups are there
+            return
+        try:
+            self._cover()
+        except (TypeError, ValueError):
+            self._remove_last_group()
+            raise
+        self.clip_scales.append(None)
+
+    def _cover(self) -> None:
+        """Assign parameters to layers and put a recorder on the model that watches exactly these."""
+        coverage = assign(self.model, self.param_groups, self._coverage.layers)
+        check_layers(coverage.layers, self.param_groups)
+        if self._finalizer is not None:
+            self._finalizer()
+        recorder = Recorder(
+            self.model,
+            {layer.name: layer.adapter for layer in coverage.layers},
+            generator=self._generator,
+            **self._recording,
+        )
+        recorder.ever_recorded = self._recorder is not None and self._recorder.ever_recorded
+        self._coverage, self._recorder = coverage, recorder
+        # Layers that are new should not wait for the next step that is due.
+        self._eager = any(layer.factors is None for layer in coverage.layers)
+        # The hooks go with the optimizer. The recorder does not know the optimizer, so nothing keeps that alive.
+        self._finalizer = weakref.finalize(self, recorder.remove)
+        self._finalizer.atexit = False
+        self._announce_due()
+        text = coverage.warning()
+        if text is not None:
+            self._reporter.once(text, text)
+
+    def _home(self) -> torch.device:
+        return next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
+
+    @overload
+    def step(self, closure: None = ...) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Commit pending statistics, renew inverses when due, and update the parameters.
+
+        Args:
+            closure: re-evaluates the model and returns the loss, as in torch; called once, under grad mode.
+
+        Returns:
+            What the closure returned, None without one.
+
+        Raises:
+            RuntimeError: no statistics were ever recorded; the message names the likely causes.
+            TypeError, ValueError: an option that a scheduler or callable has moved out of its range.
+            ValueError: a sparse gradient; fisher="empirical" with gradients unscaled by a GradScaler that was not
+                passed.
+        """
+        loss: float | None = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad(), torch.autocast(self._home().type, enabled=False):
+            self._step()
+        return loss
+
+    def _step(self) -> None:
+        self._resolve(self._counters["step"])
+        check_layers(self._coverage.layers, self.param_groups)
+        self._refuse_sparse()
+        layers, recorder = self._coverage.layers, self._live_recorder()
+        if layers and not recorder.ever_recorded and all(layer.factors is None for layer in layers):
+            raise RuntimeError(recorder.explain_missing())
+
+        # Set by GradScaler for the duration of the call.
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if found_inf is not None:
+            found_inf = torch.as_tensor(found_inf)  # the sum over no devices, when there is no gradient, is the int 0
+        pending = recorder.collect(loss_scale=self._loss_scale(scale, found_inf))
+        pending.all_reduce()
+        fresh = self._due(pending.factors())
+        if self._coverage.outdated():
+            self._cover()
+            kept = {layer.name: layer.parameters for layer in layers}
+            layers = self._coverage.layers
+            same = {layer.name for layer in layers if same_tensors(layer.parameters, kept.get(layer.name, ()))}
+            fresh = {name: pair for name, pair in fresh.items() if name in same}
+        if scale is not None:
+            unscale(self.param_groups, scale)
+        outcome = advance(
+            structure=self.structure,
+            layers=layers,
+            groups=self.param_groups,
+            state=self.state,
+            fresh=fresh,
+            factor_decay=self.factor_decay,
+            step=self._counters["step"],
+            found_inf=found_inf,
+        )
+        if outcome.applied:
+            self._eager = self._eager and not fresh
+            self._counters["step"] += 1
+            self._counters["inverse_retries"] += outcome.retries
+            self._counters["inverse_failures"] += outcome.failures
+            self.clip_scales = outcome.clip_scales
+        else:
+            self._counters["skipped_steps"] += 1
+        self._announce_due()
+        if outcome.applied or found_inf is None:  # GradScaler probes for overflow on purpose
+            self._reporter.outcome(outcome, self.model, [p for group in self.param_groups for p in group["params"]])
+
+    def _due(self, fresh: dict[str, KroneckerFactors]) -> dict[str, KroneckerFactors]:
+        """Leave out layers whose group takes no statistics at this step, while another group's does."""
+        step = self._counters["step"]
+        due = {
+            layer.name
+            for layer in self._coverage.layers
+            if layer.factors is None or step % self.param_groups[layer.groups[0]]["factor_every"] == 0
+        }
+        # With no group due, the statistics are there because the user asked for them: record_statistics().
+        asked_for = not any(step % group["factor_every"] == 0 for group in self.param_groups)
+        return {name: pair for name, pair in fresh.items() if asked_for or name in due}
+
+    def _loss_scale(self, scale: Tensor | None, found_inf: Tensor | None) -> float:
+        """How the loss was scaled when the statistics were taken; only the training backward carries a scale."""
+        if self.fisher != "empirical":
+            return 1.0
+        if scale is not None:
+            return float(scale)
+        if self._grad_scaler is not None and self._grad_scaler.is_enabled():
+            return float(self._grad_scaler.get_scale())
+        if found_inf is not None:
+            raise ValueError(
+                "KFAC.step: fisher='empirical': the gradients were unscaled before the step, so the loss scale of the "
+                "statistics is unknown; make the optimizer with grad_scaler=<the GradScaler>"
+            )
+        return 1.0
+
+    def _announce_due(self) -> None:
+        """Tell the recorder whether the coming forwards are to be recorded, so that the hooks rest otherwise."""
+        step = self._counters["step"]
+        due = any(step % period == 0 for period in self._upcoming("factor_every", step))
+        self._live_recorder().due = due or self._eager
+
+    def factors(self) -> dict[str, KroneckerFactors]:
+        """Undamped running averages, copied: ``{layer name: KroneckerFactors(A (in[+1], in[+1]), G (out, out))}``."""
+        return {
+            layer.name: KroneckerFactors(layer.factors.A.clone(), layer.factors.G.clone())
+            for layer in self._coverage.layers
+            if layer.factors is not None
+        }
+
+    def record_statistics(self, update_only: bool = False) -> AbstractContextManager[None]:
+        """Record the forwards inside the context whatever the model's mode and the step.
+
+        Args:
+            update_only: the forwards are for statistics alone: no backward follows and, until the next step, training
+                forwards are not recorded. Not with fisher="empirical", which needs the training backward.
+
+        Returns:
+            A context manager.
+
+        Raises:
+            ValueError: update_only with fisher="empirical".
+        """
+        return self._live_recorder().record(update_only=update_only)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the covered layers."""
+        return tuple(layer.name for layer in self._coverage.layers)
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps skipped because something was not finite."""
+        return self._counters["skipped_steps"]
+
+    @property
+    def inverse_failures(self) -> int:
+        """How often a layer's inverse could not be renewed."""
+        return self._counters["inverse_failures"]
+
+    @property
+    def inverse_retries(self) -> int:
+        """How often a factor needed more damping than asked for."""
+        return self._counters["inverse_retries"]
+
+    def _live_recorder(self) -> Recorder:
+        assert self._recorder is not None
+        return self._recorder
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Continue from a checkpoint; it is checked whole before anything is changed.
+
+        ``state_dict()`` holds everything needed to continue bit for bit, as tensors and plain types
+        (``torch.load(weights_only=True)``). Callables of the step are not stored, only the values they had last, and
+        neither are statistics that no step has committed yet: save between steps. A checkpoint loads on another device
+        too; on another kind of device the sampler's stream cannot be continued and is seeded from the checkpoint's seed
+        and step.
+
+        Args:
+            state_dict: what `state_dict` returned.
+
+        Raises:
+            ValueError: what does not fit, by its path in the checkpoint; the optimizer is then as it was.
+        """
+        hooks = self._optimizer_load_state_dict_pre_hooks
+        for hook in hooks.values():  # before the check: they exist to make a checkpoint fit
+            changed = hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        loaded = checkpoint.check(
+            state_dict,
+            structure=self.structure,
+            generator=self._generator,
+            layers=self._coverage.layers,
+            groups=self.param_groups,
+        )
+        for layer in self._coverage.layers:
+            layer.factors, layer.updates, layer.factorisation = None, 0, None
+            if layer.name in loaded.layers:
+                saved = loaded.layers[layer.name]
+                layer.factors, layer.updates, layer.factorisation = saved.factors, saved.updates, saved.factorisation
+        self._counters, self._eager = dict(loaded.counters), loaded.eager
+        if loaded.generator_device == self._generator.device.type:
+            self._generator.set_state(loaded.generator_state)
+        else:
+            self._generator.manual_seed((loaded.seed + loaded.counters["step"]) % 2**64)
+        self._live_recorder().clear()
+        self._optimizer_load_state_dict_pre_hooks = OrderedDict()
+        try:
+            super().load_state_dict(loaded.base)
+        finally:
+            self._optimizer_load_state_dict_pre_hooks = hooks
+        self._announce_due()
+
+    def __getstate__(self) -> NoReturn:
+        raise TypeError(
+            "KFAC: an optimizer that watches a model cannot be copied or pickled; make one for the copied model and "
+            "hand over state_dict()"
+        )
+
+    def __repr__(self) -> str:
+        """Layers covered and the options of each group; callables are shown with the value they had last."""
+        head = (
+            f"KFAC (\nstructure: {self.structure.name}, fisher: {self.fisher}, likelihood: {self.likelihood!r}, "
+            f"layers: {len(self._coverage.layers)}, uncovered parameters: {len(self._coverage.uncovered)}"
+        )
+        return super().__repr__().replace("KFAC (", head, 1)
+
+
+def _add_own_part(optimizer: Optimizer, state_dict: StateDict) -> None:
+    assert isinstance(optimizer, KFAC)
+    state_dict[checkpoint.KEY] = checkpoint.pack(
+        structure=optimizer.structure,
+        counters=optimizer._counters,
+        eager=optimizer._eager,
+        generator=optimizer._generator,
+        layers=optimizer._coverage.layers,
+    )
+
+
+def _rank() -> int:
+    return torch.distributed.get_rank() if world_size() > 1 else 0

@@ -1,0 +1,67 @@
+"""What the optimizer says to its user: each thing once, pointing at the user's own line."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from kronfac.optim.step import Outcome
+
+
+class Reporter:
+    """Warns once per occasion."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
+    def once(self, key: str, text: str) -> None:
+        """Warn with `text` unless something was said under `key` before."""
+        if key not in self._said:
+            self._said.add(key)
+            warnings.warn(text, UserWarning, stacklevel=_callers_level())
+
+    def outcome(self, outcome: Outcome, model: nn.Module, parameters: Sequence[Tensor]) -> None:
+        """Warn of what went wrong in a step: values that are not finite, inverses that failed, missing statistics."""
+        if not outcome.applied:
+            self.once(
+                "skip",
+                f"KFAC: {_culprit(model, parameters)} not finite; the step was skipped, parameters and statistics are "
+                "unchanged (optimizer.skipped_steps counts such steps; this is said once)",
+            )
+        if outcome.failures:
+            self.once(
+                "inverse",
+                f"KFAC: {outcome.failures} layer(s) could not be inverted even with more damping; their last "
+                "good inverse is kept (optimizer.inverse_failures counts them; this is said once). "
+                "A larger damping may help",
+            )
+        if outcome.bare:
+            names = ", ".join(repr(name) for name in outcome.bare)
+            self.once(
+                names,
+                f"KFAC: layers {names} have gradients but no statistics so far (their forward was not called as a "
+                "module's, or not while statistics were due); they train as SGD until statistics arrive",
+            )
+
+
+def _culprit(model: nn.Module, parameters: Sequence[Tensor]) -> str:
+    names = {id(p): name for name, p in model.named_parameters()}
+    culprits = [
+        names.get(id(p), "a parameter outside the model")
+        for p in parameters
+        if p.grad is not None and not bool(p.grad.isfinite().all())
+    ]
+    if culprits:
+        return f"the gradients of {', '.join(culprits[:5])} are"
+    return "the curvature statistics or the preconditioned gradients are"
+
+
+def _callers_level() -> int:
+    """The stacklevel at which `warnings.warn` points to the user's line, past this package and torch."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("kronfac", "torch"):
+        frame, level = frame.f_back, level + 1
+    return level

@@ -1,0 +1,258 @@
+"""K-FAC's part of a checkpoint: written as tensors and plain types, checked whole before any of it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kronfac.curvature import KroneckerFactors
+from kronfac.optim.layers import Layer
+from kronfac.optim.options import GROUP_OPTIONS, check_group
+from kronfac.optim.structures import Factorisation, Structure
+from kronfac.optim.update import MOMENTUM
+
+KEY = "kronfac"
+"""Where K-FAC's own part lies in the state_dict, beside torch's "state" and "param_groups"."""
+
+FORMAT = 1
+"""Raised when the meaning of what is stored changes; a checkpoint of a later format is refused."""
+
+COUNTERS = ("step", "skipped_steps", "inverse_failures", "inverse_retries")
+_WHERE = "KFAC.load_state_dict"
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """What a checkpoint says of one layer, already on the layer's device."""
+
+    factors: KroneckerFactors
+    updates: int
+    factorisation: Factorisation | None
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A checkpoint that passed every check.
+
+    Attributes:
+        base: torch's own part.
+        counters: by the names in `COUNTERS`.
+        eager: whether statistics are wanted at the next step although none are due.
+        seed: that the sampler was seeded with.
+        generator_device: kind of device that the sampler's state belongs to.
+        generator_state: of the sampler.
+        layers: what is kept for each layer that has statistics, by name.
+    """
+
+    base: dict[str, Any]
+    counters: dict[str, int]
+    eager: bool
+    seed: int
+    generator_device: str
+    generator_state: Tensor
+    layers: dict[str, LayerState]
+
+
+def pack(
+    *,
+    structure: Structure,
+    counters: Mapping[str, int],
+    eager: bool,
+    generator: torch.Generator,
+    layers: Sequence[Layer],
+) -> dict[str, Any]:
+    """K-FAC's part of the state_dict: tensors, numbers and strings only, so that ``weights_only=True`` loads it."""
+    return {
+        "format": FORMAT,
+        "structure": structure.name,
+        "counters": {name: int(counters[name]) for name in COUNTERS},
+        "eager": eager,
+        "generator": {
+            "device": generator.device.type,
+            "seed": generator.initial_seed(),
+            "state": generator.get_state(),
+        },
+        "layers": {
+            layer.name: {
+                "A": layer.factors.A,
+                "G": layer.factors.G,
+                "updates": layer.updates,
+                "factorisation": None if layer.factorisation is None else dict(layer.factorisation),
+            }
+            for layer in layers
+            if layer.factors is not None
+        },
+    }
+
+
+def check(
+    state_dict: object,
+    *,
+    structure: Structure,
+    generator: torch.Generator,
+    layers: Sequence[Layer],
+    groups: Sequence[Mapping[str, Any]],
+) -> Loaded:
+    """Check a whole checkpoint against an optimizer without touching the optimizer.
+
+    Returns:
+        The checkpoint's content; every tensor a copy on the device and in the dtype where it belongs.
+
+    Raises:
+        ValueError: the first thing that does not fit, by its path inside the checkpoint.
+    """
+    top = _mapping("state_dict", state_dict, ("state", "param_groups", KEY), hint="was it written by kronfac.KFAC?")
+    own = _mapping(KEY, top[KEY], ("format", "structure", "counters", "eager", "generator", "layers"))
+    version = _integer(f"{KEY}.format", own["format"])
+    if version != FORMAT:
+        raise ValueError(
+            f"{_WHERE}: {KEY}.format: expected {FORMAT}, got {version}; load it with the kronfac release that wrote it"
+        )
+    if own["structure"] != structure.name:
+        raise ValueError(
+            f"{_WHERE}: {KEY}.structure: expected {structure.name!r}, got {own['structure']!r}; "
+            "make the optimizer with the checkpoint's structure= and solve="
+        )
+    counters = _mapping(f"{KEY}.counters", own["counters"], COUNTERS)
+    if not isinstance(own["eager"], bool):
+        raise ValueError(f"{_WHERE}: {KEY}.eager: expected a bool, got {_describe(own['eager'])}")
+    kind = _mapping(f"{KEY}.generator", own["generator"], ("device", "seed", "state"))
+    return Loaded(
+        base={"state": _momenta(top["state"], groups), "param_groups": _groups(top["param_groups"], groups)},
+        counters={name: _integer(f"{KEY}.counters.{name}", counters[name]) for name in COUNTERS},
+        eager=own["eager"],
+        seed=_integer(f"{KEY}.generator.seed", kind["seed"]),
+        generator_device=str(kind["device"]),
+        generator_state=_generator_state(kind, generator),
+        layers=_layers(own["layers"], layers, structure),
+    )
+
+
+def _layers(value: object, layers: Sequence[Layer], structure: Structure) -> dict[str, LayerState]:
+    known = {layer.name: layer for layer in layers}
+    saved = _mapping(f"{KEY}.layers", value)
+    foreign = [name for name in saved if name not in known]
+    if foreign:
+        raise ValueError(
+            f"{_WHERE}: {KEY}.layers: expected layers among {sorted(known)}, got {foreign[0]!r}; "
+            "the checkpoint belongs to another model or to other params"
+        )
+    result = {}
+    for name, entry in saved.items():
+        layer, where = known[name], f"{KEY}.layers.{name}"
+        fields = _mapping(where, entry, ("A", "G", "updates", "factorisation"))
+        outputs, inputs = layer.matrix_shape
+        factors = KroneckerFactors(
+            A=_tensor(f"{where}.A", fields["A"], (inputs, inputs), layer),
+            G=_tensor(f"{where}.G", fields["G"], (outputs, outputs), layer),
+        )
+        factorisation = None
+        if fields["factorisation"] is not None:
+            shapes = structure.shapes(outputs, inputs)
+            tensors = _mapping(f"{where}.factorisation", fields["factorisation"], tuple(shapes))
+            factorisation = {
+                key: _tensor(f"{where}.factorisation.{key}", tensors[key], shape, layer)
+                for key, shape in shapes.items()
+            }
+        updates = _integer(f"{where}.updates", fields["updates"])
+        result[name] = LayerState(factors, updates, factorisation)
+    return result
+
+
+def _groups(value: object, groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    if not isinstance(value, (list, tuple)) or len(value) != len(groups):
+        got = f"{len(value)} groups" if isinstance(value, (list, tuple)) else type(value).__name__
+        raise ValueError(f"{_WHERE}: param_groups: expected {len(groups)} groups, got {got}")
+    result, seen = [], 0
+    for index, (saved, group) in enumerate(zip(value, groups, strict=True)):
+        where = f"param_groups[{index}]"
+        fields = _mapping(where, saved, ("params", *GROUP_OPTIONS))
+        size = len(group["params"])
+        # torch numbers the parameters through all groups; anything else pairs buffers with the wrong parameters.
+        if not isinstance(fields["params"], (list, tuple)) or list(fields["params"]) != list(range(seen, seen + size)):
+            raise ValueError(
+                f"{_WHERE}: {where}.params: expected the indices {seen} to {seen + size - 1}, got {fields['params']!r}"
+            )
+        seen += size
+        try:
+            checked = check_group(f"{_WHERE}: {where}", fields)
+        except TypeError as error:
+            raise ValueError(str(error)) from None
+        result.append({**fields, **checked})
+    return result
+
+
+def _momenta(value: object, groups: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, Tensor]]:
+    parameters = [p for group in groups for p in group["params"]]
+    result = {}
+    for index, entry in _mapping("state", value).items():
+        if not isinstance(index, int) or not 0 <= index < len(parameters):
+            raise ValueError(f"{_WHERE}: state: expected indices below {len(parameters)}, got {index!r}")
+        fields = _mapping(f"state[{index}]", entry)
+        if set(fields) - {MOMENTUM}:
+            raise ValueError(
+                f"{_WHERE}: state[{index}]: expected only {MOMENTUM!r}, got {sorted(map(str, fields))}; "
+                "the checkpoint was written by another optimizer"
+            )
+        where, parameter = f"state[{index}].{MOMENTUM}", parameters[index]
+        result[index] = {
+            key: _checked(where, tensor, tuple(parameter.shape))
+            .detach()
+            .to(parameter.device, parameter.dtype, copy=True)
+            for key, tensor in fields.items()
+        }
+    return result
+
+
+def _generator_state(kind: Mapping[Any, Any], generator: torch.Generator) -> Tensor:
+    state = kind["state"]
+    if not isinstance(state, Tensor) or state.dtype != torch.uint8:
+        raise ValueError(f"{_WHERE}: {KEY}.generator.state: expected a uint8 tensor, got {_describe(state)}")
+    state = state.detach().cpu().clone()
+    if kind["device"] == generator.device.type:
+        try:
+            torch.Generator(generator.device).set_state(state)
+        except RuntimeError as error:
+            raise ValueError(f"{_WHERE}: {KEY}.generator.state: not a state of a torch.Generator: {error}") from None
+    return state
+
+
+def _mapping(where: str, value: object, keys: Sequence[str] = (), hint: str = "") -> Mapping[Any, Any]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{_WHERE}: {where}: expected a dict, got {_describe(value)}")
+    missing = [key for key in keys if key not in value]
+    if missing:
+        remedy = f"; {hint}" if hint else "; the checkpoint is incomplete"
+        raise ValueError(f"{_WHERE}: {where}: expected the keys {sorted(keys)}, {missing[0]!r} is missing{remedy}")
+    return value
+
+
+def _integer(where: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{_WHERE}: {where}: expected an integer >= 0, got {value!r}")
+    return value
+
+
+def _tensor(where: str, value: object, shape: tuple[int, ...], layer: Layer) -> Tensor:
+    return _checked(where, value, shape).detach().to(layer.device, layer.dtype, copy=True)
+
+
+def _checked(where: str, value: object, shape: tuple[int, ...]) -> Tensor:
+    numeric = isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+    if not isinstance(value, Tensor) or not numeric or tuple(value.shape) != shape:
+        raise ValueError(
+            f"{_WHERE}: {where}: expected a floating-point tensor of shape {shape}, got {_describe(value)}"
+        )
+    if not bool(value.isfinite().all()):
+        raise ValueError(f"{_WHERE}: {where}: expected finite values, got NaN or infinity; the checkpoint is corrupt")
+    return value
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
+    return f"{type(value).__name__} {value!r}"[:80]

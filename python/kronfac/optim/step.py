@@ -1,0 +1,205 @@
+"""One step as a transaction: everything is computed first, and committed only when all of it is finite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kronfac.curvature import KroneckerFactors
+from kronfac.optim.layers import Layer
+from kronfac.optim.refresh import Average, Preconditioned, all_finite, average, factorise, precondition
+from kronfac.optim.structures import Factorisation, Structure
+from kronfac.optim.update import add_weight_decay, apply_update, kl_scales
+
+Groups = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What `advance` did.
+
+    Attributes:
+        applied: False when something was not finite; then nothing was changed.
+        retries: factors that needed more damping than asked for.
+        failures: layers that could not be inverted at all; they keep what they had.
+        clip_scales: the KL clip's factor per param group, None where nothing was clipped.
+        bare: names of layers with gradients but no statistics so far; they were updated as SGD.
+    """
+
+    applied: bool
+    retries: int = 0
+    failures: int = 0
+    clip_scales: list[Tensor | None] = field(default_factory=list)
+    bare: tuple[str, ...] = ()
+
+
+def advance(
+    *,
+    structure: Structure,
+    layers: Sequence[Layer],
+    groups: Groups,
+    state: MutableMapping[Tensor, dict[str, Tensor]],
+    fresh: Mapping[str, KroneckerFactors],
+    factor_decay: float,
+    step: int,
+    found_inf: Tensor | None = None,
+) -> Outcome:
+    """Take one step: statistics into the averages, inverses when due, preconditioned gradients into the parameters.
+
+    The host waits for the device once, to learn whether everything is finite, and once more when inverses are due.
+
+    Args:
+        structure: how factors are inverted and applied.
+        layers: the covered layers; factors and factorisations are replaced.
+        groups: checked param groups; the parameters are changed in place.
+        state: momentum buffers.
+        fresh: this step's statistics by layer name; may be empty.
+        factor_decay: long-run decay of the averages.
+        step: 0-based number of this step.
+        found_inf: GradScaler's verdict; anything but 0 skips the step.
+    """
+    home = next((p.device for group in groups for p in group["params"]), torch.device("cpu"))
+    grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+    flags = all_finite([*grads, *(factor for pair in fresh.values() for factor in (pair.A, pair.G))])
+    if found_inf is not None:
+        flags.append(found_inf.reshape(()) == 0)
+
+    averages = average(layers, fresh, factor_decay)
+    inverses: dict[str, Factorisation] = {}
+    retries = 0
+    due = _due_for_inverse(layers, averages, groups, step)
+    if due:
+        # Factorising waits for the device anyway, so the check comes first and spares it a hopeless attempt.
+        if not _agree(flags, home):
+            return Outcome(applied=False)
+        flags = []
+        newest = [averages[layer.name].factors if layer.name in averages else layer.factors for layer in due]
+        factors = [pair for pair in newest if pair is not None]
+        values, retries = factorise(structure, due, factors, [_damping(layer, groups) for layer in due])
+        inverses = {layer.name: value for layer, value in zip(due, values, strict=True) if value is not None}
+
+    active = [layer for layer in layers if all(p.grad is not None for p in layer.parameters)]
+    ready: list[Layer] = []
+    current: list[Factorisation] = []
+    for layer in active:
+        factorisation = inverses.get(layer.name, layer.factorisation)
+        if factorisation is not None:
+            ready.append(layer)
+            current.append(factorisation)
+    matrices = [_regularised_gradient(layer, groups) for layer in ready]
+    done = precondition(structure, matrices, current, [_damping(layer, groups) for layer in ready])
+    if not _agree([*flags, *all_finite(done.dots)], home):
+        return Outcome(applied=False)
+
+    for layer in layers:
+        if layer.name in averages:
+            layer.factors, layer.updates = averages[layer.name].factors, averages[layer.name].updates
+        layer.factorisation = inverses.get(layer.name, layer.factorisation)
+    scales = _clip(ready, done, groups)
+    _move(ready, done.matrices, groups, state)
+    bare = tuple(layer.name for layer in active if layer.factors is None)
+    return Outcome(True, retries, len(due) - len(inverses), scales, bare)
+
+
+def unscale(groups: Groups, scale: Tensor) -> None:
+    """Divide all gradients by GradScaler's scale, in place as `GradScaler.unscale_` does."""
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for group in groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                by_device.setdefault(parameter.grad.device, []).append(parameter.grad)
+    for device, grads in by_device.items():
+        torch._foreach_mul_(grads, scale.to(device, non_blocking=True).reciprocal())
+
+
+def world_size() -> int:
+    """Ranks in the default process group, 1 without one."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return 1
+    return torch.distributed.get_world_size()
+
+
+def _agree(flags: Sequence[Tensor], home: torch.device) -> bool:
+    """Read the flags from the device. Under a process group every rank must be sound, so that none runs ahead."""
+    alone = world_size() == 1
+    if not flags and alone:
+        return True
+    verdict = torch.stack([flag.to(home, non_blocking=True) for flag in flags or [torch.tensor(True)]]).all()
+    if not alone:
+        votes = verdict.to(torch.int32)
+        torch.distributed.all_reduce(votes, torch.distributed.ReduceOp.MIN)
+        verdict = votes != 0
+    return bool(verdict)
+
+
+def _due_for_inverse(
+    layers: Iterable[Layer], averages: Mapping[str, Average], groups: Groups, step: int
+) -> list[Layer]:
+    return [
+        layer
+        for layer in layers
+        if (layer.factors is not None or layer.name in averages)
+        and (layer.factorisation is None or step % groups[layer.groups[0]]["inverse_every"] == 0)
+    ]
+
+
+def _l2(group: Mapping[str, Any]) -> float:
+    return 0.0 if group["decoupled"] else float(group["weight_decay"])
+
+
+def _damping(layer: Layer, groups: Groups) -> float:
+    group = groups[layer.groups[0]]
+    return float(group["damping"]) + _l2(group)
+
+
+def _regularised_gradient(layer: Layer, groups: Groups) -> Tensor:
+    gradient = layer.adapter.gradient()
+    decays = [_l2(groups[index]) for index in layer.groups]
+    if not any(decays):
+        return gradient
+    sizes = [gradient.shape[1]] if len(decays) == 1 else [gradient.shape[1] - 1, 1]
+    return add_weight_decay(gradient, layer.adapter.weight_matrix(), decays, sizes)
+
+
+def _clip(layers: Sequence[Layer], done: Preconditioned, groups: Groups) -> list[Tensor | None]:
+    """Scale the preconditioned gradients in place by the KL clip; returns the factor per param group."""
+    sets: dict[tuple[int, float, torch.device], list[int]] = {}
+    for position, layer in enumerate(layers):
+        lr = max(float(groups[index]["lr"]) for index in layer.groups)
+        sets.setdefault((layer.groups[0], lr, done.dots[position].device), []).append(position)
+    sums = [torch.stack([done.dots[i] for i in members]).sum() for members in sets.values()]
+    clips = [groups[group]["kl_clip"] for group, _, _ in sets]
+    scales = kl_scales(sums, [lr for _, lr, _ in sets], clips)
+    result: list[Tensor | None] = [None] * len(groups)
+    for (group, _, _), members, scale in zip(sets, sets.values(), scales, strict=True):
+        if scale is not None:
+            torch._foreach_mul_([done.matrices[i] for i in members], scale)
+            result[group] = scale
+    return result
+
+
+def _move(
+    layers: Sequence[Layer],
+    matrices: Sequence[Tensor],
+    groups: Groups,
+    state: MutableMapping[Tensor, dict[str, Tensor]],
+) -> None:
+    """Update all parameters: along the preconditioned gradients where there are some, elsewhere as SGD."""
+    directions: dict[int, Tensor] = {}
+    for layer, matrix in zip(layers, matrices, strict=True):
+        for parameter, part in zip(layer.parameters, layer.adapter.split(matrix), strict=True):
+            directions[id(parameter)] = part.to(parameter.dtype)
+    for group in groups:
+        moving = [p for p in group["params"] if p.grad is not None]
+        decay = _l2(group)
+        chosen: list[Tensor] = []
+        for p in moving:
+            direction = directions.get(id(p))
+            if direction is None:
+                direction = p.grad.add(p, alpha=decay) if decay else p.grad
+            chosen.append(direction)
+        apply_update(group, moving, chosen, state)

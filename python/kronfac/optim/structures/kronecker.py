@@ -1,0 +1,95 @@
+"""K-FAC proper: one Kronecker product per layer, inverted by its damped factors or exactly in its eigenbasis."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from kronfac import ops
+from kronfac.curvature import KroneckerFactors
+from kronfac.linalg.damped import damped_inverses, eigenbases, factored_damping
+from kronfac.optim.structures.base import Factorisation, Factorised
+
+
+class KroneckerInverse:
+    """P = (G + √λ/π I)⁻¹ V (A + π√λ I)⁻¹: factored Tikhonov damping (Martens & Grosse, arXiv:1503.05671, section 6.3).
+
+    λ enters when the inverses are made; a change of λ takes effect at the next refresh.
+    """
+
+    name = "kfac/inverse"
+
+    def shapes(self, outputs: int, inputs: int) -> Mapping[str, tuple[int, ...]]:
+        """The inverses of the damped G ("left") and A ("right")."""
+        return {"left": (outputs, outputs), "right": (inputs, inputs)}
+
+    def factorise(self, factors: Sequence[KroneckerFactors], damping: Sequence[float]) -> Factorised:
+        """See `Structure.factorise`. A layer counts as inverted when both of its factors are."""
+        A, G = [pair.A for pair in factors], [pair.G for pair in factors]
+        right_damping, left_damping = factored_damping(A, G, _per_layer(damping, A))
+        # One call for both sides: the operator spreads a ragged list over the threads by itself.
+        inverses = damped_inverses([*A, *G], torch.cat([right_damping, left_damping]))
+        values: list[Factorisation | None] = []
+        for right, left in zip(inverses.values[: len(A)], inverses.values[len(A) :], strict=True):
+            values.append(None if left is None or right is None else {"left": left, "right": right})
+        return Factorised(values, inverses.retried)
+
+    def apply(
+        self, grads: Sequence[Tensor], factorisations: Sequence[Factorisation], damping: Sequence[float]
+    ) -> tuple[list[Tensor], Tensor]:
+        """See `Structure.apply`; `damping` is already inside the inverses."""
+        del damping
+        return ops.kron_precondition(grads, [f["left"] for f in factorisations], [f["right"] for f in factorisations])
+
+
+class KroneckerEigen:
+    """P = Q_G [(Q_Gᵀ V Q_A) ⊘ (λ_G λ_Aᵀ + λ)] Q_Aᵀ: exact damping in the eigenbasis; λ may change at every step."""
+
+    name = "kfac/eigen"
+
+    def shapes(self, outputs: int, inputs: int) -> Mapping[str, tuple[int, ...]]:
+        """Eigenvectors of G ("left_vectors") and A ("right_vectors"), eigenvalues of their product as a matrix."""
+        return {
+            "left_vectors": (outputs, outputs),
+            "right_vectors": (inputs, inputs),
+            "eigenvalues": (outputs, inputs),
+        }
+
+    def factorise(self, factors: Sequence[KroneckerFactors], damping: Sequence[float]) -> Factorised:
+        """See `Structure.factorise`. The factors are diagonalised undamped: λ enters once, in `apply`."""
+        del damping
+        bases = eigenbases([*(pair.A for pair in factors), *(pair.G for pair in factors)])
+        values: list[Factorisation | None] = []
+        for right, left in zip(bases.values[: len(factors)], bases.values[len(factors) :], strict=True):
+            if left is None or right is None:
+                values.append(None)
+            else:
+                product = torch.outer(left[0], right[0])
+                values.append({"left_vectors": left[1], "right_vectors": right[1], "eigenvalues": product})
+        return Factorised(values, bases.retried)
+
+    def apply(
+        self, grads: Sequence[Tensor], factorisations: Sequence[Factorisation], damping: Sequence[float]
+    ) -> tuple[list[Tensor], Tensor]:
+        """See `Structure.apply`."""
+        eigenvalues = [f["eigenvalues"] for f in factorisations]
+        return ops.eigen_precondition(
+            grads,
+            [f["left_vectors"] for f in factorisations],
+            [f["right_vectors"] for f in factorisations],
+            eigenvalues,
+            _per_layer(damping, eigenvalues),
+        )
+
+
+def _per_layer(values: Sequence[float], like: Sequence[Tensor]) -> Tensor:
+    """`values` as a tensor beside `like`; equal values are filled on the device instead of being copied there."""
+    dtype, device = like[0].dtype, like[0].device
+    limits = torch.finfo(dtype)
+    # A Python float below or above the dtype's range would arrive as 0 or infinity.
+    fitted = [min(max(value, limits.tiny), limits.max) for value in values]
+    if len(set(fitted)) == 1:
+        return torch.full((len(fitted),), fitted[0], dtype=dtype, device=device)
+    return torch.tensor(fitted, dtype=dtype, device=device)

@@ -1,0 +1,102 @@
+"""From a direction to new parameters: KL clip, weight decay, momentum. No host synchronisation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MOMENTUM = "momentum_buffer"
+"""Key of the momentum buffer in the optimizer's state, as in torch.optim.SGD."""
+
+
+def kl_scales(dots: Sequence[Tensor], lrs: Sequence[float], clips: Sequence[float | None]) -> list[Tensor | None]:
+    """Factor by which the KL clip scales each set of preconditioned gradients.
+
+    ν_j = min(1, √(κ_j / Σ_i lr_i² dots_i)), the sum over all sets that are clipped (Ba, Grosse & Martens 2017). With
+    one κ this is the usual clip over all layers; sets with different κ share the sum and differ in κ only.
+
+    Args:
+        dots: Σ_l ⟨P_l, V_l⟩ per set, 0-dimensional, on any devices.
+        lrs: learning rate per set.
+        clips: κ per set; None leaves the set alone and out of the sum.
+
+    Returns:
+        ν per set on the device of its dot; None where κ is None. 1 when every learning rate is 0.
+    """
+    clipped = [index for index, clip in enumerate(clips) if clip is not None]
+    if not clipped:
+        return [None] * len(clips)
+    home = dots[clipped[0]].device
+    total = torch.stack([(dots[index] * lrs[index] ** 2).to(home, non_blocking=True) for index in clipped]).sum()
+    # The sum is a sum of squares in exact arithmetic; rounding may leave it just below zero, and κ/0 gives ν = 1.
+    total = total.clamp(min=0)
+    scales: list[Tensor | None] = [None] * len(clips)
+    for index in clipped:
+        clip = clips[index]
+        assert clip is not None
+        scales[index] = (clip / total).sqrt().clamp(max=1).to(dots[index].device, non_blocking=True)
+    return scales
+
+
+def add_weight_decay(gradient: Tensor, weight: Tensor, decays: Sequence[float], sizes: Sequence[int]) -> Tensor:
+    """Gradient matrix of the L2-regularised loss, V + ηW.
+
+    Args:
+        gradient: V (out, in[+1]); never changed.
+        weight: W of the same shape.
+        decays: η of each parameter that the matrix is made of.
+        sizes: how many columns each of these parameters takes, in order.
+    """
+    if not any(decays):
+        return gradient
+    weight = weight.to(gradient.dtype)
+    if len(set(decays)) == 1:
+        return gradient.add(weight, alpha=decays[0])
+    parts = zip(
+        torch.split_with_sizes(gradient, list(sizes), 1),
+        torch.split_with_sizes(weight, list(sizes), 1),
+        decays,
+        strict=True,
+    )
+    return torch.cat([v.add(w, alpha=decay) for v, w, decay in parts], 1)
+
+
+def apply_update(
+    group: Mapping[str, Any],
+    parameters: Sequence[Tensor],
+    directions: Sequence[Tensor],
+    state: MutableMapping[Tensor, dict[str, Tensor]],
+) -> None:
+    """Update the parameters of one param group along -direction, with momentum as in torch.optim.SGD.
+
+    buffer ← momentum·buffer + d;  d ← d + momentum·buffer with `nesterov`, else buffer;  θ ← θ - lr·d. With
+    `decoupled`, θ ← (1 - lr·weight_decay) θ comes first.
+
+    Args:
+        group: lr, momentum, nesterov, weight_decay, decoupled.
+        parameters: changed in place.
+        directions: one per parameter, same shape and dtype; never changed.
+        state: per parameter; holds the momentum buffers.
+    """
+    if not parameters:
+        return
+    parameters, directions = list(parameters), list(directions)
+    lr, momentum = group["lr"], group["momentum"]
+    if group["decoupled"] and group["weight_decay"]:
+        torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
+    if momentum:
+        fresh = [index for index, p in enumerate(parameters) if MOMENTUM not in state[p]]
+        kept = [index for index, p in enumerate(parameters) if MOMENTUM in state[p]]
+        for index in fresh:
+            buffer = torch.empty_like(parameters[index]).copy_(directions[index])
+            state[parameters[index]][MOMENTUM] = buffer
+        if kept:
+            old = [state[parameters[index]][MOMENTUM] for index in kept]
+            torch._foreach_mul_(old, momentum)
+            torch._foreach_add_(old, [directions[index] for index in kept])
+        buffers = [state[p][MOMENTUM] for p in parameters]
+        directions = list(torch._foreach_add(directions, buffers, alpha=momentum)) if group["nesterov"] else buffers
+    torch._foreach_add_(parameters, directions, alpha=-lr)
