@@ -21,7 +21,7 @@ def _load(name: str, *, required: bool) -> None:
             )
         return
     try:
-        torch.ops.load_library(spec.origin)
+        torch.ops.load_library(spec.origin)  # type: ignore[no-untyped-call]
     except OSError as error:
         raise ImportError(
             f"kronfac: {spec.origin} does not load into torch {torch.__version__}: {error}. "
