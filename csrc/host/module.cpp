@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "host/peak.h"
 #include "kernels/table.h"
 
 namespace py = pybind11;
@@ -53,4 +54,5 @@ PYBIND11_MODULE(_host, m) {
           return names;
         },
         "Instruction sets compiled in that this CPU can run, from the plainest to the widest.");
+  kronfac::host::define_peak(m);
 }

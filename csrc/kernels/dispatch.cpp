@@ -69,8 +69,9 @@ const Table& choose() {
     return *widest;
   }
   if (const Table* found = find_table(wanted)) return *found;
-  throw std::runtime_error("kronfac: KRONFAC_ISA: expected one of the instruction sets that this machine and this build have (" +
-                           usable_names() + "), got '" + wanted + "'; correct the variable or unset it");
+  throw std::runtime_error(
+      "kronfac: KRONFAC_ISA: expected one of the instruction sets that this machine and this build have (" +
+      usable_names() + "), got '" + wanted + "'; correct the variable or unset it");
 }
 
 }  // namespace

@@ -1,12 +1,16 @@
-// The matrix product underneath the operators: contract and the seam for other kernels.
+// The general matrix product underneath the operators.
 //
 //   C := beta * C + alpha * A B        A (m, k), B (k, n), C (m, n)
 //
-// * C has row stride ldc and unit column stride, element type T (float or double), which is also the type of every product and
+// * C has row stride ldc and unit column stride, element type T (float or double), which is also the type of every
+// product and
 //   sum. beta == 0 never reads C, so C may hold anything, NaN included. alpha * A B is formed even for k == 0 (zeros).
-// * A and B have any strides (zero and negative ones too), in elements, and any Element; they are converted to T while packing.
-// * A sum over k runs in T inside blocks of Blocks::kc and the blocks are added to C in ascending order: the result depends on
-//   neither m, n nor the place of an entry in C. Single-threaded; partitioning C (never k) among threads keeps it bit-equal.
+// * A and B have any strides (zero and negative ones too), in elements, and any Element; they are converted to T while
+// packing.
+// * A sum over k runs in T inside blocks of Blocks::kc and the blocks are added to C in ascending order: the result
+// depends on
+//   neither m, n nor the place of an entry in C. Single-threaded; partitioning C (never k) among threads keeps it
+//   bit-equal.
 // * C must not overlap A or B.
 #pragma once
 
@@ -27,8 +31,8 @@ struct Matrix {
   constexpr Matrix transposed() const { return {data, type, col_stride, row_stride}; }
 };
 
-// Where C lies in a larger symmetric matrix. lower: entries whose global row is less than their global column are neither
-// computed (beyond register tiles) nor written.
+// Where C lies in a larger symmetric matrix. lower: entries whose global row is less than their global column are
+// neither computed (beyond register tiles) nor written.
 struct Triangle {
   bool lower = false;
   int64_t row0 = 0, col0 = 0;
@@ -43,39 +47,13 @@ using GemmF64 = void (*)(int64_t m, int64_t n, int64_t k, double alpha, const Ma
 using GemmScratch = int64_t (*)(int64_t m, int64_t n, int64_t k);
 
 #ifdef KRONFAC_ISA
-// Seen only by kernels, which are compiled once per instruction set.
 namespace KRONFAC_ISA {
-
-// An operand as something that can fill packed panels: `k` runs along the sum, `j` along the rows of C (left operand) or its
-// columns (right operand). pack writes ceil(nj / width) panels one after another, each [nk][width], for k in [k0, k0 + nk) and
-// j in [j0, j0 + nj); columns past nj are zero.
-template <class T>
-struct Source {
-  void (*pack)(const void* context, int64_t k0, int64_t nk, int64_t j0, int64_t nj, int64_t width, T* panels);
-  const void* context;
-  int64_t j_origin = 0;  // added to every j0
-};
-
-// The operand stored as a matrix with k along rows and j along columns; `matrix` must outlive the source.
-template <class T>
-Source<T> matrix_source(const Matrix* matrix);
-
-template <class T>
-constexpr Blocks blocks_of();
-
-template <class T>
-int64_t multiply_scratch(int64_t m, int64_t n, int64_t k);  // bytes
-
-// The product above for operands given as sources; a and b are packed for Blocks::mr and Blocks::nr.
-template <class T>
-void multiply(int64_t m, int64_t n, int64_t k, T alpha, const Source<T>& a, const Source<T>& b, T beta, T* c, int64_t ldc,
-              const Triangle& triangle, void* scratch);
-
 void gemm_f32(int64_t m, int64_t n, int64_t k, double alpha, const Matrix& a, const Matrix& b, double beta, float* c,
               int64_t ldc, const Triangle& triangle, void* scratch);
 void gemm_f64(int64_t m, int64_t n, int64_t k, double alpha, const Matrix& a, const Matrix& b, double beta, double* c,
               int64_t ldc, const Triangle& triangle, void* scratch);
-
+int64_t gemm_scratch_f32(int64_t m, int64_t n, int64_t k);
+int64_t gemm_scratch_f64(int64_t m, int64_t n, int64_t k);
 }  // namespace KRONFAC_ISA
 #endif
 

@@ -4,7 +4,15 @@
 #include <cstdint>
 
 #include "kernels/blocks.h"
+#include "kernels/conv_covariance.h"
+#include "kernels/covariance.h"
+#include "kernels/damped_inverse.h"
 #include "kernels/gemm.h"
+#include "kernels/orthogonalize.h"
+#include "kernels/peak.h"
+#include "kernels/precondition.h"
+#include "kernels/second_moment.h"
+#include "kernels/symmetric.h"
 
 namespace kronfac::kernels {
 
@@ -15,10 +23,29 @@ struct Table {
   GemmF32 gemm_f32;
   GemmF64 gemm_f64;
   GemmScratch gemm_scratch_f32, gemm_scratch_f64;
+
+  const SymmetricKernels<float>* symmetric_f32;
+  const SymmetricKernels<double>* symmetric_f64;
+  CovarianceUpdate<float> covariance_f32;
+  CovarianceUpdate<double> covariance_f64;
+  ConvCovarianceUpdate<float> conv_covariance_f32;
+  ConvCovarianceUpdate<double> conv_covariance_f64;
+  const SecondMomentKernels<float>* second_moment_f32;
+  const SecondMomentKernels<double>* second_moment_f64;
+
+  const DampedInverseKernels<float>* damped_inverse_f32;
+  const DampedInverseKernels<double>* damped_inverse_f64;
+  const PreconditionKernels<float>* precondition_f32;
+  const PreconditionKernels<double>* precondition_f64;
+  const OrthogonalizeKernels<float>* orthogonalize_f32;
+  const OrthogonalizeKernels<double>* orthogonalize_f64;
+  const PeakKernels<float>* peak_f32;
+  const PeakKernels<double>* peak_f64;
 };
 
-// The table of the chosen instruction set: the widest one the machine has, or what KRONFAC_ISA names. The choice is made at the
-// first call and stays. Throws std::runtime_error when KRONFAC_ISA is not a known name or names what the machine lacks.
+// The table of the chosen instruction set: the widest one the machine has, or what KRONFAC_ISA names. The choice is
+// made at the first call and stays. Throws std::runtime_error when KRONFAC_ISA is not a known name or names what the
+// machine lacks.
 const Table& table();
 
 // The table of one instruction set by name; nullptr when it was not built or the machine lacks it.

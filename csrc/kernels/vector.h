@@ -1,5 +1,5 @@
-// Vectors of the instruction set this translation unit is compiled for, through the compilers' vector extension: the same source
-// is SSE2, AVX2, AVX-512 or NEON. Only for kernels.
+// Vectors of the instruction set this translation unit is compiled for, through the compilers' vector extension: the
+// same source is SSE2, AVX2, AVX-512 or NEON. Only for kernels.
 #pragma once
 
 #include <cstdint>

@@ -1,0 +1,136 @@
+// w <- w - V^T (V w), several times: classical Gram-Schmidt against stored rows.
+//
+// A pass is a projection and a subtraction, and each needs all of the other's result, so done one by one they read V
+// from memory twice. Here the columns are worked through in blocks that stay in the cache: a sweep subtracts the
+// previous coefficients from a block of w and at once projects the result for the next pass. V is read passes + 1 times
+// instead of 2 * passes.
+#include <limits>
+#include <vector>
+
+#include "cpu/parallel.h"
+#include "cpu/typed.h"
+
+namespace kronfac::cpu {
+namespace {
+
+constexpr const char* kOp = "orthogonalize_";
+// A block of V takes half a megabyte, so that it is still in a second-level cache when it is read again.
+constexpr int64_t kBlockBytes = int64_t{1} << 19;
+constexpr int64_t kNarrowest = 256, kWidest = 8192, kColumnMultiple = 64;
+// Parts with sums of their own, added in order afterwards: the same for any number of threads.
+constexpr int64_t kParts = 64;
+
+int64_t block_columns(int64_t m, int64_t element_bytes) {
+  const int64_t fitting = kBlockBytes / std::max<int64_t>(1, m * element_bytes) / kColumnMultiple * kColumnMultiple;
+  return std::clamp(fitting, kNarrowest, kWidest);
+}
+
+// Whether w is, or shares entries with, a row of basis.
+bool overlaps(const Tensor& w, const Tensor& basis, int64_t element_bytes) {
+  const int64_t m = basis.size(0), n = w.size(0), step = w.stride(0);
+  if (m == 0 || n == 0) return false;
+  const std::byte* target = static_cast<const std::byte*>(w.const_data_ptr());
+  const std::byte* rows = static_cast<const std::byte*>(basis.const_data_ptr());
+  for (int64_t i = 0; i < m; ++i) {
+    const std::byte* row = rows + i * basis.stride(0) * element_bytes;
+    const int64_t last_w = (n - 1) * step * element_bytes, last_row = (n - 1) * basis.stride(1) * element_bytes;
+    if (target + last_w < row || row + last_row < target) continue;
+    // Interleaved with equal steps but other offsets, as columns of one matrix, they meet nowhere.
+    const int64_t distance = static_cast<int64_t>(target - row) / element_bytes;
+    if (step != basis.stride(1) || step == 0 || distance % step == 0) return true;
+  }
+  return false;
+}
+
+template <class T>
+void orthogonalize(const Tensor& w, const Tensor& basis, int64_t passes, T* total) {
+  const Kernels<T> kernels;
+  const int64_t m = basis.size(0), n = w.size(0);
+  const int64_t row_stride = basis.stride(0), column_stride = basis.stride(1), w_stride = w.stride(0);
+  const T* v = basis.const_data_ptr<T>();
+  T* target = w.mutable_data_ptr<T>();
+  const int64_t size = static_cast<int64_t>(sizeof(T));
+  const int64_t width = block_columns(m, size);
+  const int64_t part_length = (n + kParts * width - 1) / (kParts * width) * width;
+  const int64_t parts = (n + part_length - 1) / part_length;
+  const bool copied = w_stride != 1, packed = column_stride != 1;
+
+  const Scratch vector(copied ? n * size : 0);
+  const int64_t packed_bytes = packed ? Scratch::rounded(m * width * size) : 0;
+  const Scratch panels(packed_bytes * parts);
+  std::vector<double> partial(static_cast<size_t>(parts * m));
+  std::vector<T> coefficients(static_cast<size_t>(m));
+  T* x = copied ? vector.at<T>() : target;
+  if (copied) {
+    for (int64_t j = 0; j < n; ++j) x[j] = target[j * w_stride];
+  }
+  std::fill(total, total + m, T(0));
+  std::vector<double> sums(static_cast<size_t>(m));
+
+  for (int64_t sweep = 0; sweep <= passes; ++sweep) {
+    const bool subtract = sweep > 0, project = sweep < passes;
+    std::fill(partial.begin(), partial.end(), 0.0);
+    torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t part = begin; part < end; ++part) {
+        double* sum = partial.data() + part * m;
+        for (int64_t j = part * part_length; j < std::min(n, (part + 1) * part_length); j += width) {
+          const int64_t columns = std::min(width, n - j);
+          const T* block = v + j * column_stride;
+          int64_t stride = row_stride;
+          if (packed) {
+            // One panel for each range of parts that runs at a time; `begin` tells the ranges apart.
+            T* panel = panels.at<T>(begin * packed_bytes);
+            for (int64_t c = 0; c < columns; ++c) {
+              for (int64_t i = 0; i < m; ++i) panel[i * width + c] = block[i * row_stride + c * column_stride];
+            }
+            block = panel;
+            stride = width;
+          }
+          if (subtract) kernels.orthogonalize.subtract(block, stride, m, columns, coefficients.data(), x + j);
+          if (project) kernels.orthogonalize.project(block, stride, m, columns, x + j, sum);
+        }
+      }
+    });
+    if (!project) break;
+    for (int64_t i = 0; i < m; ++i) {
+      double sum = 0;
+      for (int64_t part = 0; part < parts; ++part) sum += partial[static_cast<size_t>(part * m + i)];
+      coefficients[static_cast<size_t>(i)] = static_cast<T>(sum);
+      sums[static_cast<size_t>(i)] += sum;
+    }
+  }
+  for (int64_t i = 0; i < m; ++i) total[i] = static_cast<T>(sums[static_cast<size_t>(i)]);
+  if (copied) {
+    for (int64_t j = 0; j < n; ++j) target[j * w_stride] = x[j];
+  }
+}
+
+Tensor orthogonalize_(Tensor w, Tensor basis, int64_t passes) {
+  check_dim(kOp, "w", w, 1, "(n,)");
+  check_dim(kOp, "basis", basis, 2, "(m, n)");
+  check_wide(kOp, "w", w);
+  check_dtype(kOp, "basis", basis, w.scalar_type(), "the type of w");
+  check_device(kOp, "basis", basis, w, "w");
+  const int64_t m = basis.size(0), n = w.size(0);
+  STD_TORCH_CHECK(basis.size(1) == n, "kronfac::", kOp, ": basis: expected shape (m, ", n, ") for w of shape ",
+                  shape_string(w), ", got ", shape_string(basis));
+  STD_TORCH_CHECK(passes >= 1, "kronfac::", kOp, ": passes: expected at least 1, got ", passes);
+  STD_TORCH_CHECK(n <= 1 || w.stride(0) != 0, "kronfac::", kOp,
+                  ": w: expected a tensor whose elements have memory of their own, got an expanded one; clone it");
+  const bool wide = w.scalar_type() == ScalarType::Double;
+  STD_TORCH_CHECK(!overlaps(w, basis, wide ? 8 : 4), "kronfac::", kOp,
+                  ": w: expected memory apart from basis, got a vector that shares memory with it; clone it");
+  Tensor coefficients = torch::stable::empty({m}, w.scalar_type());
+  if (m == 0 || n == 0) return torch::stable::zero_(coefficients);
+  if (wide) {
+    orthogonalize<double>(w, basis, passes, coefficients.mutable_data_ptr<double>());
+  } else {
+    orthogonalize<float>(w, basis, passes, coefficients.mutable_data_ptr<float>());
+  }
+  return coefficients;
+}
+
+}  // namespace
+}  // namespace kronfac::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(kronfac, CPU, m) { m.impl("orthogonalize_", TORCH_BOX(&kronfac::cpu::orthogonalize_)); }

@@ -1,0 +1,68 @@
+// Sharing independent tasks among threads. Results must not depend on which worker runs a task: then they do not depend
+// on scheduling either. Nothing may throw inside: check and allocate before.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <new>
+#include <numeric>
+#include <vector>
+
+#include "common/stable.h"
+
+namespace kronfac::cpu {
+
+inline int64_t thread_count() { return static_cast<int64_t>(torch::stable::get_num_threads()); }
+
+// Memory for packed panels and the like: uninitialised, aligned to cache lines.
+class Scratch {
+ public:
+  static constexpr size_t alignment = 64;
+  explicit Scratch(int64_t bytes)
+      : data_(static_cast<std::byte*>(::operator new(static_cast<size_t>(bytes), std::align_val_t{alignment}))) {}
+  template <class T = void>
+  T* at(int64_t byte_offset = 0) const {
+    return reinterpret_cast<T*>(data_.get() + byte_offset);
+  }
+  // Sizes laid out one after another stay aligned when each is rounded up.
+  static constexpr int64_t rounded(int64_t bytes) {
+    return (bytes + static_cast<int64_t>(alignment) - 1) / static_cast<int64_t>(alignment) *
+           static_cast<int64_t>(alignment);
+  }
+
+ private:
+  struct Free {
+    void operator()(std::byte* p) const { ::operator delete(p, std::align_val_t{alignment}); }
+  };
+  std::unique_ptr<std::byte, Free> data_;
+};
+
+// Task numbers by descending cost, equal costs in their own order.
+inline std::vector<int64_t> largest_first(const std::vector<double>& costs) {
+  std::vector<int64_t> order(costs.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int64_t a, int64_t b) { return costs[static_cast<size_t>(a)] > costs[static_cast<size_t>(b)]; });
+  return order;
+}
+
+// Calls f(task, worker) once for every task; idle workers take the next one of the list, so give the largest first.
+template <class F>
+void run_tasks(const std::vector<int64_t>& tasks, int64_t workers, const F& f) {
+  const int64_t count = static_cast<int64_t>(tasks.size());
+  workers = std::min(workers, count);
+  if (workers <= 1) {
+    for (const int64_t task : tasks) f(task, 0);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker) {
+      for (int64_t i = next++; i < count; i = next++) f(tasks[static_cast<size_t>(i)], worker);
+    }
+  });
+}
+
+}  // namespace kronfac::cpu

@@ -1,0 +1,89 @@
+// The kernels of one accumulation type, and tensors as the kernels see them.
+#pragma once
+
+#include <cstdint>
+
+#include "common/checks.h"
+#include "kernels/table.h"
+
+namespace kronfac::cpu {
+
+// The entries of the chosen table for T = float or double.
+template <class T>
+struct Kernels;
+
+template <>
+struct Kernels<float> {
+  static constexpr kernels::Element element = kernels::Element::f32;
+  const kernels::Table& table = kernels::table();
+  const kernels::Blocks& blocks = table.blocks_f32;
+  kernels::GemmF32 gemm = table.gemm_f32;
+  kernels::GemmScratch gemm_scratch = table.gemm_scratch_f32;
+  const kernels::SymmetricKernels<float>& symmetric = *table.symmetric_f32;
+  const kernels::SecondMomentKernels<float>& second_moment = *table.second_moment_f32;
+  const kernels::DampedInverseKernels<float>& damped_inverse = *table.damped_inverse_f32;
+  const kernels::PreconditionKernels<float>& precondition = *table.precondition_f32;
+  const kernels::OrthogonalizeKernels<float>& orthogonalize = *table.orthogonalize_f32;
+};
+
+template <>
+struct Kernels<double> {
+  static constexpr kernels::Element element = kernels::Element::f64;
+  const kernels::Table& table = kernels::table();
+  const kernels::Blocks& blocks = table.blocks_f64;
+  kernels::GemmF64 gemm = table.gemm_f64;
+  kernels::GemmScratch gemm_scratch = table.gemm_scratch_f64;
+  const kernels::SymmetricKernels<double>& symmetric = *table.symmetric_f64;
+  const kernels::SecondMomentKernels<double>& second_moment = *table.second_moment_f64;
+  const kernels::DampedInverseKernels<double>& damped_inverse = *table.damped_inverse_f64;
+  const kernels::PreconditionKernels<double>& precondition = *table.precondition_f64;
+  const kernels::OrthogonalizeKernels<double>& orthogonalize = *table.orthogonalize_f64;
+};
+
+inline kernels::Element element_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Double:
+      return kernels::Element::f64;
+    case ScalarType::BFloat16:
+      return kernels::Element::bf16;
+    case ScalarType::Half:
+      return kernels::Element::f16;
+    default:
+      return kernels::Element::f32;
+  }
+}
+
+inline int64_t element_size(kernels::Element type) {
+  switch (type) {
+    case kernels::Element::f64:
+      return 8;
+    case kernels::Element::f32:
+      return 4;
+    default:
+      return 2;
+  }
+}
+
+// A 2-dimensional tensor as the kernels read it.
+inline kernels::Matrix matrix_of(const Tensor& t) {
+  return {t.const_data_ptr(), element_of(t), t.stride(0), t.stride(1)};
+}
+
+// Checks a damping tensor and returns its values: one for each of `count` matrices, or one for all.
+inline std::vector<double> read_damping(const char* op, const Tensor& damping, size_t count) {
+  STD_TORCH_CHECK(damping.dim() == 0 || (damping.dim() == 1 && damping.size(0) == static_cast<int64_t>(count)),
+                  "kronfac::", op, ": damping: expected shape (", count, ",), one value for each matrix, or (), got ",
+                  shape_string(damping));
+  const int64_t stride = damping.dim() == 0 ? 0 : damping.stride(0);
+  std::vector<double> values(count);
+  for (size_t i = 0; i < count; ++i) {
+    const int64_t at = static_cast<int64_t>(i) * stride;
+    values[i] = damping.scalar_type() == ScalarType::Double ? damping.const_data_ptr<double>()[at]
+                                                            : static_cast<double>(damping.const_data_ptr<float>()[at]);
+    STD_TORCH_CHECK(std::isfinite(values[i]) && values[i] >= 0, "kronfac::", op,
+                    ": damping: expected finite values >= 0, got ", values[i], " at index ", i);
+  }
+  return values;
+}
+
+}  // namespace kronfac::cpu

@@ -1,0 +1,39 @@
+// The parts of a damped Cholesky inverse that are not matrix products: copy-in, diagonal blocks, mirror. The recursion
+// over blocks, whose work is all in gemm, is control flow and lives in the glue.
+#pragma once
+
+#include <cstdint>
+
+namespace kronfac::kernels {
+
+// Order of the largest diagonal block. 64 x 64 floats and their transpose (32 KiB) stay in L1 or close to it, and 64 is
+// deep enough for the products beside it.
+inline constexpr int64_t kCholeskyLeaf = 64;
+
+template <class T>
+struct DampedInverseKernels {
+  // Lower triangle of x (n, n, contiguous) := that of the symmetric f plus damping on the diagonal; strict upper
+  // triangle := 0. Rows row0 <= i < row1. False when an entry that was read is not finite (f's strict upper triangle is
+  // never read).
+  bool (*copy_in)(const T* f, int64_t row_stride, int64_t col_stride, int64_t n, T damping, int64_t row0, int64_t row1,
+                  T* x);
+  // a (n, n) with n <= kCholeskyLeaf, row stride lda, lower triangle of a symmetric matrix := the inverse of its
+  // Cholesky factor, with zeros above the diagonal. Returns 0, or the order of the first leading minor that is not
+  // positive (or not finite); a is then undefined.
+  int32_t (*leaf)(T* a, int64_t lda, int64_t n);
+  // The whole operation for n <= kCholeskyLeaf: x (n, n, contiguous) := (f + damping I)^-1, both triangles. Returns 0,
+  // the order of the first bad leading minor, or -1 when f or the inverse is not finite; x is then undefined.
+  int32_t (*small)(const T* f, int64_t row_stride, int64_t col_stride, int64_t n, double damping, T* x);
+  // Strict upper triangle of x (n, n, contiguous) := its lower triangle, for columns of the upper part row0 <= i < row1
+  // (that is: the rows that are read). False when an entry of these rows is not finite.
+  bool (*mirror)(T* x, int64_t n, int64_t row0, int64_t row1);
+};
+
+#ifdef KRONFAC_ISA
+namespace KRONFAC_ISA {
+extern const DampedInverseKernels<float> damped_inverse_f32;
+extern const DampedInverseKernels<double> damped_inverse_f64;
+}  // namespace KRONFAC_ISA
+#endif
+
+}  // namespace kronfac::kernels
