@@ -1,8 +1,9 @@
 """PEP 517 backend: scikit-build-core, plus finding the torch to build against.
 
-Listing torch as a build requirement makes every isolated build download it (several gigabytes with the CUDA packages), although
-the environment being installed into has it already. Inside pip's isolation `importlib` no longer sees that environment but
-`sysconfig` still points at it. So: look there, hand the path to CMake, and ask for torch only where there is none.
+Listing torch as a build requirement makes every isolated build download it (several gigabytes with the CUDA packages),
+although the environment being installed into has it already. Inside pip's isolation `importlib` no longer sees that
+environment but `sysconfig` still points at it. So: look there, hand the path to CMake, and ask for torch only where
+there is none.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ def _prepare() -> None:
         _fail(f"building needs torch, and none is installed here; run `pip install '{TORCH_REQUIREMENT}'` first")
     elif not (root / "include" / "torch" / "csrc" / "stable" / "library.h").is_file():
         _fail(
-            f"{root} has no stable-ABI headers (torch 2.11 or later is needed); run `pip install -U '{TORCH_REQUIREMENT}'`, "
-            f"or point {_ROOT_VARIABLE} at the torch package to build against"
+            f"{root} has no stable-ABI headers (torch 2.11 or later is needed); run "
+            f"`pip install -U '{TORCH_REQUIREMENT}'`, or point {_ROOT_VARIABLE} at the torch package to build against"
         )
     compiler = os.environ.get("CXX", "").split()
     if compiler and shutil.which(compiler[0]) is None:

@@ -16,8 +16,8 @@ def _load(name: str, *, required: bool) -> None:
     if spec is None or spec.origin is None:
         if required:
             raise ImportError(
-                f"kronfac: the compiled library {name} is missing; reinstall with `pip install --force-reinstall kronfac` "
-                "(from a checkout: `pip install -e . --no-build-isolation`)"
+                f"kronfac: the compiled library {name} is missing; reinstall with "
+                "`pip install --force-reinstall kronfac` (from a checkout: `pip install -e . --no-build-isolation`)"
             )
         return
     try:

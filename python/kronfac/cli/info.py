@@ -69,9 +69,9 @@ def _cuda_facts() -> dict[str, Any]:
 
     if torch.version.cuda is None:
         return {"torch": "built without CUDA", "operators": "not loaded"}
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return {
         "torch": f"CUDA {torch.version.cuda}",
         "operators": "loaded" if "_ops_cuda" in _library.LOADED else "not in this build",
-        "devices": devices or "none",
+        "devices": [torch.cuda.get_device_name(index) for index in range(count)] or "none",
     }

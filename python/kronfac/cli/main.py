@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from kronfac.cli import info as info_command
+from kronfac.cli.bench.command import bench
+from kronfac.cli.demo import demo
+from kronfac.cli.errors import UsageError, one_line
+from kronfac.cli.spectrum import spectrum
+from kronfac.cli.train import train
 
 app = typer.Typer(
     name="kronfac",
@@ -17,10 +22,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-
-class UsageError(Exception):
-    """Bad arguments or bad data: printed in one line, exit status 2."""
 
 
 def _print_version(wanted: bool) -> None:
@@ -47,16 +48,41 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON ob
     typer.echo(json.dumps(facts, indent=2) if as_json else info_command.render(facts))
 
 
+app.command()(demo)
+app.command()(train)
+app.command()(spectrum)
+app.command()(bench)
+
+
 def run() -> None:
     """Run the application: status 0 when done, 2 for bad usage or data, 1 for a failed run."""
     try:
-        app()
+        # Not standalone: typer would print its own errors over several lines.
+        status = app(standalone_mode=False)
     except UsageError as error:
-        print(f"kronfac: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        _fail(one_line(error), 2)
     except KeyboardInterrupt:
-        print("kronfac: interrupted", file=sys.stderr)
-        raise SystemExit(1) from None
+        _fail("interrupted", 1)
     except RuntimeError as error:
-        print(f"kronfac: {str(error).splitlines()[0]}", file=sys.stderr)
-        raise SystemExit(1) from None
+        _fail("interrupted" if isinstance(error, typer.Abort) else one_line(error), 1)
+    except Exception as error:
+        if not hasattr(error, "format_message"):
+            raise
+        _fail_parsing(error)
+    else:
+        raise SystemExit(status if isinstance(status, int) else 0)
+
+
+def _fail_parsing(error: Any) -> None:
+    """Print what typer found wrong with the command line: in one line, or the help where nothing was given."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+        raise SystemExit(error.exit_code)
+    context = getattr(error, "ctx", None)
+    hint = f" (see `{context.command_path} --help`)" if context is not None else ""
+    _fail(" ".join(error.format_message().split()) + hint, error.exit_code)
+
+
+def _fail(message: str, status: int) -> None:
+    print(f"kronfac: {message}", file=sys.stderr)
+    raise SystemExit(status) from None

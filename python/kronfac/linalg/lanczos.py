@@ -164,8 +164,8 @@ def check_symmetry(operator: CheckedOperator, expected: float, measured: float, 
     if abs(measured - expected) > 100 * operator.epsilon**0.5 * norm:
         raise ValueError(
             f"{operator.caller}: op: not symmetric: wᵀ(A v) = {expected:.6g} but vᵀ(A w) = {measured:.6g}; "
-            "a random operator (dropout, shuffled or augmented data) looks like this, and so does one lost in round-off "
-            "(a float32 model that fits its data perfectly: use model.double())"
+            "a random operator (dropout, shuffled or augmented data) looks like this, and so does one lost in "
+            "round-off (a float32 model that fits its data perfectly: use model.double())"
         )
 
 
