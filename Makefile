@@ -14,6 +14,7 @@ help:
 	@echo "make test       all tests, under every instruction set this machine has"
 	@echo "make test-slow  the tests marked slow"
 	@echo "make lint       ruff, mypy, clang-format (all checks, no changes);  make format applies them"
+	@echo "make bench      time every operator and whole steps against what you would use instead (see bench/README.md)"
 	@echo "make build      compile and install in place (editable);  make wheel builds dist/*.whl"
 
 # One stamp per environment: tools and libraries first (torch alone, so that nothing else picks another build of it).
@@ -59,6 +60,14 @@ format: $(VENV)/.lint
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $(CXX_SOURCES)
+
+$(VENV)/.bench: $(VENV)/.tools
+	$(PY) -m pip install -q "pytest>=8" "pytest-benchmark>=5" "threadpoolctl>=3"
+	touch $@
+
+# BENCH="--quick" checks the suites themselves; BENCH="-k covariance --threads 1" picks.
+bench: build $(VENV)/.bench
+	$(PY) -m pytest bench --benchmark-autosave --benchmark-columns=median,iqr,rounds $(BENCH)
 
 wheel: $(VENV)/.tools
 	$(PY) -m pip wheel -q --no-build-isolation --no-deps -w dist .

@@ -1,0 +1,1 @@
+"""Other K-FAC libraries, made to train the same steps."""
