@@ -1,5 +1,5 @@
-// Every operator's schema, and nothing else: the contract in one place. Implementations register themselves in csrc/cpu and
-// csrc/cuda, fakes and autograd in python/kronfac/ops.
+// Every operator's schema, and nothing else: the contract in one place. Implementations register themselves in csrc/cpu
+// and csrc/cuda, fakes and autograd in python/kronfac/ops.
 #include "common/stable.h"
 
 STABLE_TORCH_LIBRARY(kronfac, m) {
@@ -23,7 +23,6 @@ STABLE_TORCH_LIBRARY(kronfac, m) {
       "eigen_precondition(Tensor[] grads, Tensor[] left_vectors, Tensor[] right_vectors, Tensor[] eigenvalues, "
       "Tensor damping) -> (Tensor[] out, Tensor dots)");
 
-  m.def(
-      "second_moment_(Tensor(a!) out, Tensor g, Tensor x, bool bias=False, float decay=0.0, float scale=1.0) -> ()");
+  m.def("second_moment_(Tensor(a!) out, Tensor g, Tensor x, bool bias=False, float decay=0.0, float scale=1.0) -> ()");
   m.def("orthogonalize_(Tensor(a!) w, Tensor basis, int passes=2) -> Tensor");
 }

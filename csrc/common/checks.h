@@ -1,4 +1,5 @@
-// Argument checks shared by the CPU and CUDA glue. A message names the operator, the argument, what was expected and what came:
+// Argument checks shared by the CPU and CUDA glue. A message names the operator, the argument, what was expected and
+// what came:
 //   kronfac::covariance: x: expected a 2-dimensional tensor (m, d), got shape (3,)
 // Everything is checked before anything is allocated, written or run in parallel.
 #pragma once
@@ -78,8 +79,8 @@ inline void check_square(const char* op, const std::string& arg, const Tensor& t
 
 inline void check_length(const char* op, const char* arg, const std::vector<Tensor>& list, size_t expected,
                          const char* reference_arg) {
-  STD_TORCH_CHECK(list.size() == expected, "kronfac::", op, ": ", arg, ": expected ", expected, " tensors, one for each of ",
-                  reference_arg, ", got ", list.size());
+  STD_TORCH_CHECK(list.size() == expected, "kronfac::", op, ": ", arg, ": expected ", expected,
+                  " tensors, one for each of ", reference_arg, ", got ", list.size());
 }
 
 }  // namespace kronfac

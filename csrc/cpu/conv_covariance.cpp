@@ -1,6 +1,7 @@
 // out <- decay * out + scale * sum over the patches p of x of [p 1]^T [p 1], per group of channels.
 #include <sstream>
 
+#include "cpu/conv_covariance_shift.h"
 #include "cpu/symmetric.h"
 
 namespace kronfac::cpu {
@@ -28,7 +29,7 @@ void check_list(const char* op, const char* arg, const Sizes& list, size_t axes,
 // A checked call: what the kernels read of one group, and the sizes of the result.
 struct Problem {
   kernels::ConvInput input;  // of group 0
-  int64_t groups, group_stride, positions, d;
+  int64_t images, groups, group_stride, positions, d;
 };
 
 Problem check_input(const char* op, const Tensor& x, const Sizes& kernel_size, const Sizes& stride,
@@ -55,6 +56,7 @@ Problem check_input(const char* op, const Tensor& x, const Sizes& kernel_size, c
   input.channels = x.size(1) / groups;
   input.batch_stride = x.stride(0);
   input.channel_stride = x.stride(1);
+  problem.images = x.size(0);
   problem.groups = groups;
   problem.group_stride = input.channels * input.channel_stride * element_size(input.type);
   problem.positions = x.size(0);
@@ -86,6 +88,11 @@ Problem check_input(const char* op, const Tensor& x, const Sizes& kernel_size, c
 template <class T>
 void conv_covariance_into(const Tensor& out, const Problem& problem, double decay, double scale,
                           kernels::ConvCovarianceUpdate<T> update) {
+  if (const auto plan = plan_shift(problem.input, problem.images, Kernels<T>().blocks, sizeof(T))) {
+    conv_covariance_shift<T>(symmetric_output(out, problem.groups), problem.input, problem.images, problem.group_stride,
+                             problem.positions, problem.d > problem.input.features(), decay, scale, *plan);
+    return;
+  }
   symmetric_sum<T>(
       symmetric_output(out, problem.groups), problem.positions, decay, scale,
       [&](int64_t group, int64_t k0, int64_t k1, int64_t row0, int64_t row1, T* sum, int64_t ld, void* scratch) {

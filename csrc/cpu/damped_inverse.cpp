@@ -14,12 +14,14 @@ using kernels::Matrix;
 constexpr const char* kOp = "damped_inverse";
 constexpr int64_t kLeaf = kernels::kCholeskyLeaf;
 // Rows or columns of a triangular operand that are multiplied as a dense block: the zeros inside cost kChunk / n of the
-// work, and the other operand is packed n / kChunk times.
-constexpr int64_t kChunk = 192;
+// work. A register tile's columns: the product reads such narrow operands in place, so that nothing is packed twice.
+constexpr int64_t kChunk = 48;
+// A matrix of lower order is not shared among threads: its products are too small to cut.
+constexpr int64_t kSharedOrder = 192;
 // Sums are cut into runs of at most so many terms, each rounded from zero before it joins its entry: that halves the
 // rounding error and costs a few percent. From kLargeOrder on the runs may be longer, since LAPACK's own error has
 // grown by then.
-constexpr int64_t kRun = 32, kLongRun = 128, kLargeOrder = 512;
+constexpr int64_t kRun = 64, kLongRun = 192, kLargeOrder = 512;
 // Up to this order a float32 matrix is inverted in double, which is as fast there (the products are too small to profit
 // from more lanes) and leaves only the rounding of input and output.
 constexpr int64_t kDoubleOrder = 128;
@@ -61,11 +63,7 @@ class Inverter {
 
   void gemm(int64_t m, int64_t n, int64_t k, double alpha, const Matrix& a, const Matrix& b, double beta, T* c,
             int64_t ldc, bool lower = false) const {
-    const int64_t run = n_ <= kLargeOrder ? kRun : kLongRun;
-    for (int64_t p = 0; p < k; p += run) {
-      gemm_(m, n, std::min(run, k - p), alpha, gemm_.shift(a, 0, p), gemm_.shift(b, p, 0), p == 0 ? beta : 1, c, ldc,
-            lower);
-    }
+    gemm_(m, n, k, alpha, a, b, beta, c, ldc, lower, n_ <= kLargeOrder ? kRun : kLongRun);
   }
 
   void copy_to_temporary(int64_t i, int64_t j, int64_t rows, int64_t columns) const {
@@ -185,12 +183,12 @@ int32_t invert_through_double(const Problem<float>& p, const Memory& memory) {
     for (int64_t j = 0; j <= i; ++j) f[i * n + j] = static_cast<double>(p.f[i * p.row_stride + j * p.col_stride]);
   }
   int32_t info = invert<double>({f, n, n, 1, p.damping, x}, 1, memory);
-  float defect = 0;
+  int bad = 0;  // a flag, because the additions of a sum would wait for one another
   for (int64_t i = 0; i < n * n; ++i) {
     p.x[i] = static_cast<float>(x[i]);
-    defect += p.x[i] - p.x[i];
+    bad |= !(p.x[i] - p.x[i] == 0);
   }
-  if (info == 0 && !(defect == 0)) {
+  if (info == 0 && bad != 0) {
     std::fill(p.x, p.x + n * n, std::numeric_limits<float>::quiet_NaN());
     info = -1;
   }
@@ -218,7 +216,7 @@ void invert_all(const std::vector<Tensor>& factors, const std::vector<double>& d
   const int64_t threads = thread_count();
   std::vector<int64_t> order = largest_first(costs);
   size_t shared = 0;
-  while (threads > 1 && shared < order.size() && problems[static_cast<size_t>(order[shared])].n > kChunk &&
+  while (threads > 1 && shared < order.size() && problems[static_cast<size_t>(order[shared])].n > kSharedOrder &&
          costs[static_cast<size_t>(order[shared])] * static_cast<double>(threads) > remaining) {
     remaining -= costs[static_cast<size_t>(order[shared++])];
   }

@@ -8,6 +8,7 @@
 #include <memory>
 #include <new>
 #include <numeric>
+#include <utility>
 #include <vector>
 
 #include "common/stable.h"
@@ -16,15 +17,28 @@ namespace kronfac::cpu {
 
 inline int64_t thread_count() { return static_cast<int64_t>(torch::stable::get_num_threads()); }
 
-// Memory for packed panels and the like: uninitialised, aligned to cache lines.
+// Memory for packed panels and the like: uninitialised, aligned to cache lines. Each thread keeps the last block it
+// gave back, up to kKept bytes, so that repeated calls do not fault in fresh pages.
 class Scratch {
  public:
   static constexpr size_t alignment = 64;
-  explicit Scratch(int64_t bytes)
-      : data_(static_cast<std::byte*>(::operator new(static_cast<size_t>(bytes), std::align_val_t{alignment}))) {}
+  explicit Scratch(int64_t bytes) {
+    if (kept().bytes >= bytes && kept().data) {
+      block_ = std::exchange(kept(), Block{});
+    } else {
+      block_ = {
+          Pointer(static_cast<std::byte*>(::operator new(static_cast<size_t>(bytes), std::align_val_t{alignment}))),
+          bytes};
+    }
+  }
+  ~Scratch() {
+    if (block_.bytes <= kKept && block_.bytes > kept().bytes) kept() = std::move(block_);
+  }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
   template <class T = void>
   T* at(int64_t byte_offset = 0) const {
-    return reinterpret_cast<T*>(data_.get() + byte_offset);
+    return reinterpret_cast<T*>(block_.data.get() + byte_offset);
   }
   // Sizes laid out one after another stay aligned when each is rounded up.
   static constexpr int64_t rounded(int64_t bytes) {
@@ -33,10 +47,20 @@ class Scratch {
   }
 
  private:
+  static constexpr int64_t kKept = int64_t{16} << 20;
   struct Free {
     void operator()(std::byte* p) const { ::operator delete(p, std::align_val_t{alignment}); }
   };
-  std::unique_ptr<std::byte, Free> data_;
+  using Pointer = std::unique_ptr<std::byte, Free>;
+  struct Block {
+    Pointer data;
+    int64_t bytes = 0;
+  };
+  static Block& kept() {
+    static thread_local Block block;
+    return block;
+  }
+  Block block_;
 };
 
 // Task numbers by descending cost, equal costs in their own order.

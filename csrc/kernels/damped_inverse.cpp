@@ -1,6 +1,6 @@
 #include "kernels/damped_inverse.h"
 
-#include "kernels/vector.h"
+#include "kernels/gemm_pack.h"
 
 namespace kronfac::kernels::KRONFAC_ISA {
 namespace {
@@ -11,31 +11,55 @@ constexpr int64_t kTile = 16;
 // Rows of a leaf that are eliminated together, so that one load of an earlier row serves all of them.
 constexpr int64_t kRows = 4;
 
-static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+// x - x is 0 for every finite x and NaN otherwise. As flags rather than a sum, whose additions would wait for one
+// another.
+template <class T>
+static inline int not_finite(T x) {
+  return !(x - x == T(0));
+}
 
-// x - x is 0 for every finite x and NaN otherwise; a sum of such differences is 0 exactly when all were finite.
+// The same for many vectors: lanes of the sum of such differences are 0 exactly when all were finite.
+template <class T>
+static inline bool all_zero(Vector<T> defect) {
+  int bad = 0;
+  for (int64_t i = 0; i < kLanes<T>; ++i) bad |= !(defect[i] == T(0));
+  return bad == 0;
+}
+
 template <class T>
 bool copy_in(const T* f, int64_t row_stride, int64_t col_stride, int64_t n, T damping, int64_t row0, int64_t row1,
              T* x) {
-  T defect = 0;
+  constexpr int64_t lanes = kLanes<T>;
+  Vector<T> defect{};
+  int bad = 0;
   for (int64_t ib = row0; ib < row1; ib += kTile) {
     const int64_t ie = smaller(ib + kTile, row1);
-    // Tiles, because f may be column-major.
-    for (int64_t jb = 0; jb < ie; jb += kTile) {
+    if (col_stride == 1) {
       for (int64_t i = ib; i < ie; ++i) {
         const T* source = f + i * row_stride;
         T* target = x + i * n;
-        const int64_t je = smaller(jb + kTile, i + 1);
-        if (col_stride == 1) {
-          for (int64_t j = jb; j < je; ++j) {
-            target[j] = source[j];
-            defect += source[j] - source[j];
-          }
-        } else {
-          for (int64_t j = jb; j < je; ++j) {
+        int64_t j = 0;
+        for (; j + lanes <= i + 1; j += lanes) {
+          const Vector<T> v = load(source + j);
+          store(target + j, v);
+          defect += v - v;
+        }
+        if (j <= i) {
+          const Vector<T> v = load_first(source + j, i + 1 - j);
+          store_first(target + j, v, i + 1 - j);
+          defect += v - v;
+        }
+      }
+    } else {
+      // Tiles, because f may be column-major.
+      for (int64_t jb = 0; jb < ie; jb += kTile) {
+        for (int64_t i = ib; i < ie; ++i) {
+          const T* source = f + i * row_stride;
+          T* target = x + i * n;
+          for (int64_t j = jb; j < smaller(jb + kTile, i + 1); ++j) {
             const T value = source[j * col_stride];
             target[j] = value;
-            defect += value - value;
+            bad |= not_finite(value);
           }
         }
       }
@@ -45,7 +69,7 @@ bool copy_in(const T* f, int64_t row_stride, int64_t col_stride, int64_t n, T da
       for (int64_t j = i + 1; j < n; ++j) x[i * n + j] = 0;
     }
   }
-  return defect == 0;
+  return bad == 0 && all_zero<T>(defect);
 }
 
 // Inside a leaf everything is double, whatever the matrix is: at a condition of 1e4 the rounding of the pivots is what
@@ -140,16 +164,16 @@ int32_t small(const T* f, int64_t row_stride, int64_t col_stride, int64_t n, Rea
   alignas(64) Real u[kLeaf * kLeaf];
   alignas(64) Real w[kLeaf * kLeaf];
   const int64_t padded = pad(u, n);
-  T defect = 0;
+  int bad = 0;
   for (int64_t i = 0; i < n; ++i) {
     for (int64_t j = 0; j <= i; ++j) {
       const T value = f[i * row_stride + j * col_stride];
-      defect += value - value;
+      bad |= not_finite(value);
       u[j * kLeaf + i] = static_cast<Real>(value);
     }
     u[i * kLeaf + i] += damping;
   }
-  if (!(defect == 0)) return -1;
+  if (bad != 0) return -1;
   if (const int32_t info = invert_root(u, w, padded)) return info;
   // x := W^T W, upper triangle first: row i is the sum over k >= i of W[k, i] times row k of W; W is lower, so all of
   // row k counts for the symmetric result, and the part right of the diagonal is what is kept.
@@ -165,35 +189,48 @@ int32_t small(const T* f, int64_t row_stride, int64_t col_stride, int64_t n, Rea
       for (int r = 0; r < kRows; ++r) store(u + (i + r) * kLeaf + j, sum[r]);
     }
   }
-  defect = 0;
   for (int64_t i = 0; i < n; ++i) {
-    for (int64_t j = 0; j < n; ++j) {
-      const T value = static_cast<T>(j >= i ? u[i * kLeaf + j] : u[j * kLeaf + i]);
+    for (int64_t j = 0; j < i; ++j) x[i * n + j] = static_cast<T>(u[j * kLeaf + i]);
+    for (int64_t j = i; j < n; ++j) {
+      const T value = static_cast<T>(u[i * kLeaf + j]);
       x[i * n + j] = value;
-      defect += value - value;
+      bad |= not_finite(value);
     }
   }
-  return defect == 0 ? 0 : -1;
+  return bad == 0 ? 0 : -1;
 }
 
 template <class T>
 bool mirror(T* x, int64_t n, int64_t row0, int64_t row1) {
-  T defect = 0;
-  for (int64_t ib = row0; ib < row1; ib += kTile) {
-    const int64_t ie = smaller(ib + kTile, row1);
-    for (int64_t jb = 0; jb < ie; jb += kTile) {
+  constexpr int64_t lanes = kLanes<T>;
+  Vector<T> defect{};
+  int bad = 0;
+  for (int64_t ib = row0; ib < row1; ib += lanes) {
+    const int64_t ie = smaller(ib + lanes, row1);
+    for (int64_t jb = 0; jb < ie; jb += lanes) {
+      if (ie - ib == lanes && jb + lanes <= ib) {
+        Vector<T> v[lanes];
+#pragma GCC unroll 16
+        for (int i = 0; i < lanes; ++i) {
+          v[i] = load(x + (ib + i) * n + jb);
+          defect += v[i] - v[i];
+        }
+        transpose<T>(v);
+#pragma GCC unroll 16
+        for (int i = 0; i < lanes; ++i) store(x + (jb + i) * n + ib, v[i]);
+        continue;
+      }
       for (int64_t i = ib; i < ie; ++i) {
-        const int64_t je = smaller(jb + kTile, i);
-        for (int64_t j = jb; j < je; ++j) {
+        for (int64_t j = jb; j < smaller(jb + lanes, i); ++j) {
           const T value = x[i * n + j];
           x[j * n + i] = value;
-          defect += value - value;
+          bad |= not_finite(value);
         }
       }
     }
-    for (int64_t i = ib; i < ie; ++i) defect += x[i * n + i] - x[i * n + i];
+    for (int64_t i = ib; i < ie; ++i) bad |= not_finite(x[i * n + i]);
   }
-  return defect == 0;
+  return bad == 0 && all_zero<T>(defect);
 }
 
 }  // namespace

@@ -20,6 +20,8 @@ const Table table{
     .covariance_f64 = KRONFAC_ISA::covariance_f64,
     .conv_covariance_f32 = KRONFAC_ISA::conv_covariance_f32,
     .conv_covariance_f64 = KRONFAC_ISA::conv_covariance_f64,
+    .shift_f32 = &KRONFAC_ISA::shift_f32,
+    .shift_f64 = &KRONFAC_ISA::shift_f64,
     .second_moment_f32 = &KRONFAC_ISA::second_moment_f32,
     .second_moment_f64 = &KRONFAC_ISA::second_moment_f64,
     .damped_inverse_f32 = &KRONFAC_ISA::damped_inverse_f32,

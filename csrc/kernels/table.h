@@ -5,6 +5,7 @@
 
 #include "kernels/blocks.h"
 #include "kernels/conv_covariance.h"
+#include "kernels/conv_covariance_shift.h"
 #include "kernels/covariance.h"
 #include "kernels/damped_inverse.h"
 #include "kernels/gemm.h"
@@ -30,6 +31,8 @@ struct Table {
   CovarianceUpdate<double> covariance_f64;
   ConvCovarianceUpdate<float> conv_covariance_f32;
   ConvCovarianceUpdate<double> conv_covariance_f64;
+  const ShiftKernels<float>* shift_f32;
+  const ShiftKernels<double>* shift_f64;
   const SecondMomentKernels<float>* second_moment_f32;
   const SecondMomentKernels<double>* second_moment_f64;
 

@@ -4,6 +4,10 @@
 
 #include <cstdint>
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 namespace kronfac::kernels::KRONFAC_ISA {
 
 #if defined(__AVX512F__)
@@ -35,6 +39,57 @@ static inline Vector<T> load(const T* p) {
 template <class T>
 static inline void store(T* p, Vector<T> v) {
   __builtin_memcpy(p, &v, sizeof(v));
+}
+
+// The first n lanes only, 0 < n <= lanes; the other lanes of what is loaded are zero.
+template <class T>
+static inline Vector<T> load_first(const T* p, int64_t n) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return (Vector<T>)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1u), p);
+  } else {
+    return (Vector<T>)_mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << n) - 1u), p);
+  }
+#else
+  T lane[kLanes<T>] = {};
+  for (int64_t i = 0; i < n; ++i) lane[i] = p[i];
+  return load(lane);
+#endif
+}
+
+template <class T>
+static inline void store_first(T* p, Vector<T> v, int64_t n) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == sizeof(float)) {
+    _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1u), (__m512)v);
+  } else {
+    _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << n) - 1u), (__m512d)v);
+  }
+#else
+  T lane[kLanes<T>];
+  store(lane, v);
+  for (int64_t i = 0; i < n; ++i) p[i] = lane[i];
+#endif
+}
+
+// low := x0 y0 x1 y1 ..., high := the rest of the same sequence.
+template <class V>
+static inline __attribute__((always_inline)) void interleave(const V& x, const V& y, V& low, V& high) {
+  constexpr int lanes = static_cast<int>(sizeof(V) / sizeof(x[0]));
+  if constexpr (lanes == 2) {
+    low = __builtin_shufflevector(x, y, 0, 2);
+    high = __builtin_shufflevector(x, y, 1, 3);
+  } else if constexpr (lanes == 4) {
+    low = __builtin_shufflevector(x, y, 0, 4, 1, 5);
+    high = __builtin_shufflevector(x, y, 2, 6, 3, 7);
+  } else if constexpr (lanes == 8) {
+    low = __builtin_shufflevector(x, y, 0, 8, 1, 9, 2, 10, 3, 11);
+    high = __builtin_shufflevector(x, y, 4, 12, 5, 13, 6, 14, 7, 15);
+  } else {
+    static_assert(lanes == 16);
+    low = __builtin_shufflevector(x, y, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    high = __builtin_shufflevector(x, y, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  }
 }
 
 // Sum of the lanes in double, in ascending order of the lanes.
