@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Annotated, Any
+import warnings
+from typing import Annotated, Any, TextIO
 
 import typer
 
@@ -56,6 +57,7 @@ app.command()(bench)
 
 def run() -> None:
     """Run the application: status 0 when done, 2 for bad usage or data, 1 for a failed run."""
+    warnings.showwarning = _show_warning
     try:
         # Not standalone: typer would print its own errors over several lines.
         status = app(standalone_mode=False)
@@ -71,6 +73,18 @@ def run() -> None:
         _fail_parsing(error)
     else:
         raise SystemExit(status if isinstance(status, int) else 0)
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """One line, without the place in the source that Python would add."""
+    print(f"kronfac: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _fail_parsing(error: Any) -> None:

@@ -1,0 +1,1 @@
+"""The report of `kronfac demo`: figures and one self-contained page."""
