@@ -37,14 +37,18 @@ $(VENV)/.oracles: $(VENV)/.tools
 	$(PY) -m pip install -q einops opt_einsum linear_operator tqdm scipy
 	touch $@
 
+# Tests are thousands of small operations and say themselves where they want threads; with two by default, each waits for the
+# other on a busy machine.
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(PY) -m pytest
+
 # The kernels are chosen at load time, so the operator tests run once per instruction set.
 test: build $(VENV)/.oracles
-	$(PY) -m pytest -m "not slow" tests
+	$(PYTEST) -m "not slow" tests
 	@set -e; for isa in $$($(PY) -c "from kronfac import _host; print(*_host.instruction_sets()[:-1])"); do \
-	  echo "== operators under KRONFAC_ISA=$$isa"; KRONFAC_ISA=$$isa $(PY) -m pytest -m "not slow" tests/ops; done
+	  echo "== operators under KRONFAC_ISA=$$isa"; KRONFAC_ISA=$$isa $(PYTEST) -m "not slow" tests/ops; done
 
 test-slow: build $(VENV)/.oracles
-	$(PY) -m pytest -m slow tests
+	$(PYTEST) -m slow tests
 
 $(VENV)/.lint: $(VENV)/.tools
 	$(PY) -m pip install -q "ruff==0.17.5" "mypy==2.4.1" "clang-format==23.1.5"

@@ -79,7 +79,6 @@ def synthetic(reached: int | None = 2) -> dict[str, Any]:
             "epochs": 4,
             "batch_size": 64,
             "seeds": [0, 1, 2],
-            "training_threads": 1,
             "protocol": "best of <all> & honest",
         },
         "chosen": {"sgd": sgd[1], "kfac": kfac[0]},

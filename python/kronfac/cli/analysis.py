@@ -26,6 +26,7 @@ class SpectrumOptions:
         operator: "hessian" or "ggn".
         top: eigenvalues of largest magnitude.
         tol: tolerance of their residuals relative to the largest.
+        multiplicity: search for further copies of repeated eigenvalues, which costs about as much again.
         trace_probes: Hutchinson probes, or 0 for no trace.
         density: whether to estimate the spectral density.
         density_probes: its probes.
@@ -38,6 +39,7 @@ class SpectrumOptions:
     operator: str = "hessian"
     top: int = 10
     tol: float = 1e-4
+    multiplicity: bool = True
     trace_probes: int = 100
     density: bool = True
     density_probes: int = 10
@@ -132,7 +134,14 @@ def analyse(
         if options.top > size:
             raise UsageError(f"--top: expected at most {size}, the number of parameters, got {options.top}")
         precise = build(*_doubled(problem, batches)) if options.double else op
-        eigen = eigsh(precise, options.top, tol=options.tol, seed=options.seed, progress=_stage(report, "eigenvalues"))
+        eigen = eigsh(
+            precise,
+            options.top,
+            tol=options.tol,
+            multiplicity=options.multiplicity,
+            seed=options.seed,
+            progress=_stage(report, "eigenvalues"),
+        )
         found_trace = found_density = None
         if options.trace_probes:
             found_trace = trace(op, probes=options.trace_probes, seed=options.seed, progress=_stage(report, "trace"))

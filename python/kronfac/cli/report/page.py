@@ -109,8 +109,7 @@ def _setting(report: Mapping[str, Any]) -> str:
     return (
         f"{config['train_examples']} training and {config['test_examples']} test images; a convolutional network with "
         f"{config['parameters']:,} parameters; batches of {config['batch_size']}; {len(config['seeds'])} seeds, each "
-        "with the same initialisation and the same batches for every setting; figures are medians over the seeds; trained "
-        f"with {config['training_threads']} thread{'s' if config['training_threads'] > 1 else ''}."
+        "with the same initialisation and the same batches for every setting; figures are medians over the seeds."
     )
 
 
