@@ -8,7 +8,7 @@ namespace kronfac::kernels::KRONFAC_ISA {
 namespace {
 
 // Rows of A and C that one panel of B is multiplied with: where rows are pages apart, those of A and C together must
-// not exceed what the TLB holds (at 2000 x 2000 x 2000: 162 GF/s with 960 rows, 190 with 384).
+// not exceed what the TLB holds (at 2000 x 2000 x 2000: 162 GF/s with 960 rows, 171 to 190 with 384).
 constexpr int64_t kRowBlock = 384;
 // Up to so many tiles of rows a panel of B is read in place: packing it would cost more than it saves.
 constexpr int64_t kUnpackedTiles = 40;
