@@ -98,5 +98,5 @@ def _fail_parsing(error: Any) -> None:
 
 
 def _fail(message: str, status: int) -> None:
-    print(f"kronfac: {message}", file=sys.stderr)
+    print(f"kronfac: {message.removeprefix('kronfac: ')}", file=sys.stderr)
     raise SystemExit(status) from None
