@@ -4,9 +4,10 @@
 set(KRONFAC_ISAS portable)
 set(KRONFAC_FLAGS_portable "")
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
-  list(APPEND KRONFAC_ISAS avx2 avx512)
+  list(APPEND KRONFAC_ISAS avx2 avx512 amx)
   set(KRONFAC_FLAGS_avx2 -mavx2 -mfma -mf16c)
   set(KRONFAC_FLAGS_avx512 -mavx512f -mavx512dq -mavx512bw -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512)
+  set(KRONFAC_FLAGS_amx ${KRONFAC_FLAGS_avx512} -mamx-tile -mamx-bf16)
 endif()
 
 function(kronfac_add_kernels)

@@ -22,14 +22,15 @@ class ParallelGemm {
                   double beta, T* c, int64_t ldc, bool lower = false, int64_t run = 0) const {
     const bool worthwhile = static_cast<double>(m) * static_cast<double>(n) * static_cast<double>(k) > kParallelWork;
     const bool by_rows = lower || m >= n;
+    const kernels::Terms terms{run, kernels_.split_pays(m, n, k)};
     ranges(by_rows ? m : n, by_rows ? kernels_.blocks.mr : kernels_.blocks.nr, lower, worthwhile,
            [&](int64_t lo, int64_t hi, int64_t part) {
              void* scratch = scratch_ + part * scratch_bytes_;
              if (by_rows) {
-               kernels_.gemm(hi - lo, n, k, alpha, shift(a, lo, 0), b, beta, c + lo * ldc, ldc, {lower, lo, 0}, run,
+               kernels_.gemm(hi - lo, n, k, alpha, shift(a, lo, 0), b, beta, c + lo * ldc, ldc, {lower, lo, 0}, terms,
                              scratch);
              } else {
-               kernels_.gemm(m, hi - lo, k, alpha, a, shift(b, 0, lo), beta, c + lo, ldc, {}, run, scratch);
+               kernels_.gemm(m, hi - lo, k, alpha, a, shift(b, 0, lo), beta, c + lo, ldc, {}, terms, scratch);
              }
            });
   }

@@ -105,12 +105,13 @@ void two_sided(const Kernels<T>& kernels, const Slice& slice, const Layer& layer
                const kernels::Matrix& grad, const kernels::Matrix& right, T* inner, T* c, int64_t ldc,
                void* gemm_scratch) {
   const int64_t o = layer.rows, i = layer.columns, w = slice.width(), size = static_cast<int64_t>(sizeof(T));
+  const kernels::Terms along{0, kernels.split_pays(o, i, i)}, across{0, kernels.split_pays(o, i, o)};
   if (slice.by_columns) {
-    kernels.gemm(o, w, i, 1, grad, shifted(right, 0, slice.lo, size), 0, inner, w, {}, 0, gemm_scratch);
-    kernels.gemm(o, w, o, 1, left, dense(inner, w), 0, c, ldc, {}, 0, gemm_scratch);
+    kernels.gemm(o, w, i, 1, grad, shifted(right, 0, slice.lo, size), 0, inner, w, {}, along, gemm_scratch);
+    kernels.gemm(o, w, o, 1, left, dense(inner, w), 0, c, ldc, {}, across, gemm_scratch);
   } else {
-    kernels.gemm(w, i, o, 1, shifted(left, slice.lo, 0, size), grad, 0, inner, i, {}, 0, gemm_scratch);
-    kernels.gemm(w, i, i, 1, dense(inner, i), right, 0, c, ldc, {}, 0, gemm_scratch);
+    kernels.gemm(w, i, o, 1, shifted(left, slice.lo, 0, size), grad, 0, inner, i, {}, across, gemm_scratch);
+    kernels.gemm(w, i, i, 1, dense(inner, i), right, 0, c, ldc, {}, along, gemm_scratch);
   }
 }
 

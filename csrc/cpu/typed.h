@@ -19,6 +19,7 @@ struct Kernels<float> {
   const kernels::Blocks& blocks = table.blocks_f32;
   kernels::GemmF32 gemm = table.gemm_f32;
   kernels::GemmScratch gemm_scratch = table.gemm_scratch_f32;
+  bool split_pays(int64_t m, int64_t n, int64_t k) const { return table.gemm_split_pays(m, n, k); }
   const kernels::SymmetricKernels<float>& symmetric = *table.symmetric_f32;
   const kernels::SecondMomentKernels<float>& second_moment = *table.second_moment_f32;
   const kernels::DampedInverseKernels<float>& damped_inverse = *table.damped_inverse_f32;
@@ -33,6 +34,7 @@ struct Kernels<double> {
   const kernels::Blocks& blocks = table.blocks_f64;
   kernels::GemmF64 gemm = table.gemm_f64;
   kernels::GemmScratch gemm_scratch = table.gemm_scratch_f64;
+  bool split_pays(int64_t, int64_t, int64_t) const { return false; }
   const kernels::SymmetricKernels<double>& symmetric = *table.symmetric_f64;
   const kernels::SecondMomentKernels<double>& second_moment = *table.second_moment_f64;
   const kernels::DampedInverseKernels<double>& damped_inverse = *table.damped_inverse_f64;

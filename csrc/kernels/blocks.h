@@ -22,6 +22,8 @@ namespace blocks {
 // AVX-512 cores have. A B panel is 36 KiB, most of an L1 of 48 KiB; mc x kc is 144 KiB of an L2 of 1 MiB or more.
 inline constexpr Blocks avx512_f32{64, 8, 48, 192, 192, 3072};
 inline constexpr Blocks avx512_f64{64, 8, 24, 192, 96, 1536};
+// What is too small for matrix units runs on the vector units.
+inline constexpr Blocks amx_f32 = avx512_f32, amx_f64 = avx512_f64;
 // 16 registers: 4 x 3 accumulators + 3 of B + 1 broadcast; 7 loads feed 12 multiply-adds. A B panel of 24 KiB stays in L1.
 inline constexpr Blocks avx2_f32{32, 4, 24, 256, 144, 3072};
 inline constexpr Blocks avx2_f64{32, 4, 12, 256, 72, 1536};

@@ -6,6 +6,14 @@
 
 #include "kernels/table.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
+
 namespace kronfac::kernels {
 namespace {
 
@@ -23,23 +31,44 @@ bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
 }
+
+// Whether there are bfloat16 tiles and the operating system lets this process use them: their state is large, so that
+// Linux wants to be asked.
+bool has_amx() {
+#if defined(__linux__)
+  unsigned int a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned int bfloat16_tiles = 1u << 22 | 1u << 24;  // AMX-BF16 and AMX-TILE
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & bfloat16_tiles) != bfloat16_tiles) return false;
+  constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+  return false;
+#endif
+}
 #endif
 
 // Narrowest first: the last supported one is the default.
 struct Choices {
-  static constexpr int count = 3;
-  Choice list[count] = {{"portable", &portable::table, true}, {"avx2", nullptr, false}, {"avx512", nullptr, false}};
+  static constexpr int count = 4;
+  Choice list[count] = {{"portable", &portable::table, true},
+                        {"avx2", nullptr, false},
+                        {"avx512", nullptr, false},
+                        {"amx", nullptr, false}};
   Choices() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     list[1].supported = has_avx2();
     list[2].supported = has_avx512();
+    list[3].supported = has_avx512() && has_amx();
 #endif
 #ifdef KRONFAC_HAVE_AVX2
     list[1].table = &avx2::table;
 #endif
 #ifdef KRONFAC_HAVE_AVX512
     list[2].table = &avx512::table;
+#endif
+#ifdef KRONFAC_HAVE_AMX
+    list[3].table = &amx::table;
 #endif
   }
 };

@@ -2,6 +2,7 @@
 #include "kernels/gemm.h"
 
 #include "kernels/gemm_pack.h"
+#include "kernels/gemm_split.h"
 #include "kernels/gemm_tile.h"
 
 namespace kronfac::kernels::KRONFAC_ISA {
@@ -139,15 +140,21 @@ int64_t gemm_scratch(int64_t m, int64_t, int64_t k) {
 
 template <class T>
 void gemm(int64_t m, int64_t n, int64_t k, T alpha, const Matrix& a, const Matrix& b, T beta, T* c, int64_t ldc,
-          const Triangle& triangle, int64_t run, void* scratch) {
+          const Triangle& triangle, const Terms& terms, void* scratch) {
   constexpr Blocks block = blocks_of<T>();
   static_assert(block.nr % block.mr == 0 && kRowBlock % block.mr == 0);
   if (m <= 0 || n <= 0) return;
   if (k <= 0) return scale_only(m, n, beta, c, ldc, triangle);
+#ifdef KRONFAC_SPLIT
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (terms.split) return gemm_split(m, n, k, alpha, a, b, beta, c, ldc, triangle, scratch);
+  }
+#endif
   constexpr Element own = sizeof(T) == sizeof(float) ? Element::f32 : Element::f64;
   const Matrix left = a.transposed();
   const bool right_in_place = b.type == own && b.col_stride == 1 && m <= kUnpackedTiles * block.mr;
-  const Product<T> product{alpha, c, ldc, triangle, run > 0 ? run : kDepth<T>, a.type == own && a.col_stride == 1};
+  const Product<T> product{
+      alpha, c, ldc, triangle, terms.run > 0 ? terms.run : kDepth<T>, a.type == own && a.col_stride == 1};
   T* packed_a = static_cast<T*>(scratch);
   T* packed_b = reinterpret_cast<T*>(static_cast<char*>(scratch) + left_bytes<T>(m, k));
   const int64_t blocks = (k + kDepth<T> - 1) / kDepth<T>, depth = (k + blocks - 1) / blocks;
@@ -187,14 +194,27 @@ void gemm(int64_t m, int64_t n, int64_t k, T alpha, const Matrix& a, const Matri
 }  // namespace
 
 void gemm_f32(int64_t m, int64_t n, int64_t k, double alpha, const Matrix& a, const Matrix& b, double beta, float* c,
-              int64_t ldc, const Triangle& triangle, int64_t run, void* scratch) {
-  gemm(m, n, k, static_cast<float>(alpha), a, b, static_cast<float>(beta), c, ldc, triangle, run, scratch);
+              int64_t ldc, const Triangle& triangle, const Terms& terms, void* scratch) {
+  gemm(m, n, k, static_cast<float>(alpha), a, b, static_cast<float>(beta), c, ldc, triangle, terms, scratch);
 }
 void gemm_f64(int64_t m, int64_t n, int64_t k, double alpha, const Matrix& a, const Matrix& b, double beta, double* c,
-              int64_t ldc, const Triangle& triangle, int64_t run, void* scratch) {
-  gemm(m, n, k, alpha, a, b, beta, c, ldc, triangle, run, scratch);
+              int64_t ldc, const Triangle& triangle, const Terms& terms, void* scratch) {
+  gemm(m, n, k, alpha, a, b, beta, c, ldc, triangle, terms, scratch);
 }
-int64_t gemm_scratch_f32(int64_t m, int64_t n, int64_t k) { return gemm_scratch<float>(m, n, k); }
+int64_t gemm_scratch_f32(int64_t m, int64_t n, int64_t k) {
+#ifdef KRONFAC_SPLIT
+  return larger(gemm_scratch<float>(m, n, k), GemmSplitLayout(m, n, k).bytes());
+#else
+  return gemm_scratch<float>(m, n, k);
+#endif
+}
 int64_t gemm_scratch_f64(int64_t m, int64_t n, int64_t k) { return gemm_scratch<double>(m, n, k); }
+bool gemm_split_pays([[maybe_unused]] int64_t m, [[maybe_unused]] int64_t n, [[maybe_unused]] int64_t k) {
+#ifdef KRONFAC_SPLIT
+  return gemm_split_worthwhile(m, n, k);
+#else
+  return false;
+#endif
+}
 
 }  // namespace kronfac::kernels::KRONFAC_ISA

@@ -31,6 +31,11 @@ template <class T>
 struct Source {
   void (*pack)(const void* context, int64_t k0, int64_t nk, int64_t j0, int64_t nj, T* panels);
   const void* context;
+  // Every entry is a bfloat16 number.
+  bool bfloat = false;
+  // Where the first `columns` of the j are a matrix with k along its rows, that matrix.
+  Matrix matrix{};
+  int64_t columns = 0;
 };
 
 // Fills the panels above from a matrix stored with k along rows and j along columns; each entry goes through `map`

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "kernels/symmetric_split.h"
 #include "kernels/tile.h"
 
 namespace kronfac::kernels::KRONFAC_ISA {
@@ -18,11 +19,23 @@ static int64_t packed_elements(int64_t nk, int64_t row1) {
   return round_up(smaller(nk, block.kc) * round_up(row1, block.nr), panel_alignment);
 }
 
+// Bytes of packed panels for one run.
+template <class T>
+static int64_t packed_bytes(int64_t nk, int64_t row0, int64_t row1) {
+#ifdef KRONFAC_SPLIT
+  if (sizeof(T) == sizeof(float) && split_worthwhile(nk, row1 - row0)) {
+    return larger(SplitLayout(nk, row1, kFloatParts).bytes(), SplitLayout(nk, row1, kBfloatParts).bytes());
+  }
+#endif
+  (void)row0;
+  return packed_elements<T>(nk, row1) * static_cast<int64_t>(sizeof(T));
+}
+
 template <class T>
 static int64_t update_scratch(int64_t nk, int64_t row0, int64_t row1) {
   constexpr Blocks block = blocks_of<T>();
   const int64_t run = nk > kRunLength ? round_up(row1 - row0, block.mr) * round_up(row1, block.nr) : 0;
-  return (packed_elements<T>(nk, row1) + run) * static_cast<int64_t>(sizeof(T));
+  return packed_bytes<T>(nk, row0, row1) + run * static_cast<int64_t>(sizeof(T));
 }
 
 // One tile of the sum: := in the first block of a run, += afterwards.
@@ -49,8 +62,8 @@ static inline void update_tile(int64_t needed, bool first, int64_t kc, const T* 
 
 // One run, or what is left of one.
 template <class T>
-static void update_run(const Source<T>& source, int64_t k0, int64_t k1, int64_t row0, int64_t row1, T* sum, int64_t ld,
-                       T* panels) {
+static void update_run_packed(const Source<T>& source, int64_t k0, int64_t k1, int64_t row0, int64_t row1, T* sum,
+                              int64_t ld, T* panels) {
   constexpr Blocks block = blocks_of<T>();
   for (int64_t k = k0; k < k1; k += block.kc) {
     const int64_t kc = smaller(block.kc, k1 - k);
@@ -67,19 +80,39 @@ static void update_run(const Source<T>& source, int64_t k0, int64_t k1, int64_t 
 }
 
 template <class T>
+static void update_run(const Source<T>& source, int64_t k0, int64_t k1, int64_t row0, int64_t row1, bool split, T* sum,
+                       int64_t ld, void* panels) {
+#ifdef KRONFAC_SPLIT
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (split && source.bfloat) {
+      return update_run_split<kBfloatParts>(source, k0, k1, row0, row1, sum, ld, panels);
+    }
+    if (split) return update_run_split<kFloatParts>(source, k0, k1, row0, row1, sum, ld, panels);
+  }
+#endif
+  (void)split;
+  update_run_packed(source, k0, k1, row0, row1, sum, ld, static_cast<T*>(panels));
+}
+
+template <class T>
 static void update(const Source<T>& source, int64_t k0, int64_t k1, int64_t row0, int64_t row1, T* sum, int64_t ld,
                    void* scratch) {
   constexpr Blocks block = blocks_of<T>();
-  T* panels = static_cast<T*>(scratch);
+  char* panels = static_cast<char*>(scratch);
   if (k0 >= k1) {
     for (int64_t i = 0; i < row1 - row0; ++i) __builtin_memset(sum + i * ld, 0, static_cast<size_t>(row1) * sizeof(T));
     return;
   }
-  update_run(source, k0, smaller(k1, k0 + kRunLength), row0, row1, sum, ld, panels);
+#ifdef KRONFAC_SPLIT
+  const bool split = sizeof(T) == sizeof(float) && split_worthwhile(k1 - k0, row1 - row0);
+#else
+  constexpr bool split = false;
+#endif
+  update_run(source, k0, smaller(k1, k0 + kRunLength), row0, row1, split, sum, ld, panels);
   const int64_t run_ld = round_up(row1, block.nr);
-  T* run = panels + packed_elements<T>(k1 - k0, row1);
+  T* run = reinterpret_cast<T*>(panels + packed_bytes<T>(k1 - k0, row0, row1));
   for (int64_t k = k0 + kRunLength; k < k1; k += kRunLength) {
-    update_run(source, k, smaller(k1, k + kRunLength), row0, row1, run, run_ld, panels);
+    update_run(source, k, smaller(k1, k + kRunLength), row0, row1, split, run, run_ld, panels);
     for (int64_t i = row0; i < row1; ++i) {
       T* total = sum + (i - row0) * ld;
       const T* part = run + (i - row0) * run_ld;

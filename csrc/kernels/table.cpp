@@ -14,6 +14,7 @@ const Table table{
     .gemm_f64 = gemm_f64,
     .gemm_scratch_f32 = gemm_scratch_f32,
     .gemm_scratch_f64 = gemm_scratch_f64,
+    .gemm_split_pays = KRONFAC_ISA::gemm_split_pays,
     .symmetric_f32 = &KRONFAC_ISA::symmetric_f32,
     .symmetric_f64 = &KRONFAC_ISA::symmetric_f64,
     .covariance_f32 = KRONFAC_ISA::covariance_f32,

@@ -18,12 +18,13 @@
 namespace kronfac::kernels {
 
 struct Table {
-  const char* name;  // "portable", "avx2" or "avx512"
+  const char* name;  // "portable", "avx2", "avx512" or "amx"
   Blocks blocks_f32, blocks_f64;
 
   GemmF32 gemm_f32;
   GemmF64 gemm_f64;
   GemmScratch gemm_scratch_f32, gemm_scratch_f64;
+  GemmSplitPays gemm_split_pays;  // of float32
 
   const SymmetricKernels<float>* symmetric_f32;
   const SymmetricKernels<double>* symmetric_f64;
@@ -68,6 +69,9 @@ KRONFAC_DECLARE_TABLE(avx2)
 #endif
 #ifdef KRONFAC_HAVE_AVX512
 KRONFAC_DECLARE_TABLE(avx512)
+#endif
+#ifdef KRONFAC_HAVE_AMX
+KRONFAC_DECLARE_TABLE(amx)
 #endif
 #undef KRONFAC_DECLARE_TABLE
 #endif

@@ -1,0 +1,78 @@
+// The general product of gemm.h for float32 on bfloat16 matrix units (split.h). For kernels only.
+#pragma once
+
+#include "kernels/split.h"
+
+#ifdef KRONFAC_SPLIT
+
+namespace kronfac::kernels::KRONFAC_ISA {
+
+// Splitting costs each operand about as much as so many columns or rows of multiply-adds; sums too short leave tiles
+// empty.
+static inline bool gemm_split_worthwhile(int64_t m, int64_t n, int64_t k) { return k >= 64 && m * n >= 40 * (m + n); }
+
+// Chunks of C as even as they can be.
+struct GemmChunks {
+  int64_t rows, columns;
+  GemmChunks(int64_t m, int64_t n) {
+    rows = even(m, kChunkSide);
+    columns = even(n, kChunkArea / larger(rows, kChunkArea / 2048) / kBlock * kBlock);
+  }
+
+ private:
+  static constexpr int64_t even(int64_t n, int64_t most) {
+    const int64_t count = larger(1, (n + most - 1) / most);
+    return round_up((n + count - 1) / count, kBlock);
+  }
+};
+
+struct GemmSplitLayout {
+  int64_t left, right, staging;  // bytes
+  GemmSplitLayout(int64_t m, int64_t n, int64_t k) {
+    const GemmChunks chunks(m, n);
+    const int64_t terms = smaller(k, kSplitTerms<kFloatParts>), bytes = strip_bytes(terms, kFloatParts);
+    left = strip_count(chunks.rows) * bytes;
+    right = strip_count(chunks.columns) * bytes;
+    staging = terms * kStripLines * static_cast<int64_t>(sizeof(float));
+  }
+  int64_t bytes() const { return left + right + staging; }
+};
+
+static inline void gemm_split(int64_t m, int64_t n, int64_t k, float alpha, const Matrix& a, const Matrix& b,
+                              float beta, float* c, int64_t ldc, const Triangle& triangle, void* scratch) {
+  constexpr int parts = kFloatParts;
+  constexpr int64_t run = kSplitTerms<parts>;
+  const GemmChunks chunks(m, n);
+  const GemmSplitLayout layout(m, n, k);
+  char* left = static_cast<char*>(scratch);
+  char* right = left + layout.left;
+  float* staging = reinterpret_cast<float*>(right + layout.right);
+  const Matrix rows_of_a = a.transposed();
+  const Tiles tiles;
+  for (int64_t j0 = 0; j0 < n; j0 += chunks.columns) {
+    const int64_t nc = smaller(chunks.columns, n - j0);
+    for (int64_t i0 = 0; i0 < m; i0 += chunks.rows) {
+      const int64_t mc = smaller(chunks.rows, m - i0);
+      const int64_t below = triangle.lower ? triangle.row0 + i0 - triangle.col0 - j0 : kNoDiagonal;
+      if (below + mc - 1 < 0) continue;
+      for (int64_t p = 0; p < k; p += run) {
+        const int64_t terms = smaller(run, k - p);
+        pack_strips<parts>(rows_of_a, p, terms, i0, mc, left, nullptr, staging);
+        // All of B's terms at hand serve all chunks of rows.
+        if (i0 == 0 || k > run) pack_strips<parts>(b, p, terms, j0, nc, nullptr, right, staging);
+        const float keep = p == 0 ? beta : 1;
+        multiply_chunk<parts>(mc, nc, terms, left, right, below,
+                              [&](const float* block, int64_t i, int64_t j, int64_t rows, int64_t columns) {
+                                for (int64_t r = 0; r < rows; ++r) {
+                                  merge_row(block + r * kBlock, smaller(columns, below + i + r + 1 - j), alpha, keep,
+                                            c + (i0 + i + r) * ldc + j0 + j);
+                                }
+                              });
+      }
+    }
+  }
+}
+
+}  // namespace kronfac::kernels::KRONFAC_ISA
+
+#endif
