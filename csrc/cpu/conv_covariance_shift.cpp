@@ -41,7 +41,7 @@ class ShiftSum {
       shift_.step[axis] = input.step[axis];
     }
     make_rows();
-    make_units();
+    make_terms();
     square_ = plan.columns * plan.columns;
     bias_sums_ = plan.sums * square_;
     sums_size_ = (bias_sums_ + (bias ? plan.parts() * bias_cells_ * plan.columns : 0) + 15) / 16 * 16;
@@ -62,13 +62,18 @@ class ShiftSum {
     const bool together = 2 * slices < helpers;
     if (together) slices = 1;
     const int64_t count = levels(slices);
+    // Matrix units want many rows at once, since every unit splits the right operand for itself.
+    const int64_t lanes = kernel_.lanes, shares = together ? helpers : 1;
+    const int64_t many = (plan_.rows + shares * lanes - 1) / (shares * lanes) * lanes;
+    const int64_t split_bytes = Scratch::rounded(kernel_.split_scratch(many, plan_.rows));
+    make_units(split_bytes > 0 ? many : lanes);
 
     const int64_t ld = (out.d + 15) / 16 * 16, panel_rows = rows_of_block(helpers) * offsets();
     const int64_t panels_bytes = Scratch::rounded(panel_elements_ * size),
                   sums_bytes = Scratch::rounded(sums_size_ * size),
                   row_bytes = Scratch::rounded(panel_rows * ld * size);
     const int64_t slice_bytes = panels_bytes + count * sums_bytes;
-    const int64_t group_bytes = slices * slice_bytes + helpers * row_bytes;
+    const int64_t group_bytes = slices * slice_bytes + helpers * (row_bytes + split_bytes);
     const Scratch memory(group_bytes * workers);
     std::vector<int64_t> groups(static_cast<size_t>(out.groups));
     std::iota(groups.begin(), groups.end(), 0);
@@ -76,18 +81,21 @@ class ShiftSum {
       kernels::ShiftInput shift = shift_;
       shift.data = static_cast<const std::byte*>(input_.data) + group * group_stride;
       const int64_t base = worker * group_bytes;
+      const Split split{
+          split_bytes > 0 ? memory.at<std::byte>(base + slices * slice_bytes + helpers * row_bytes) : nullptr,
+          split_bytes};
       const auto total = [&](int64_t slice) { return memory.at<T>(base + slice * slice_bytes); };
       const auto panels = [&](int64_t slice) { return memory.at<T>(base + slice * slice_bytes + count * sums_bytes); };
       const auto part = [&](int64_t slice) {
         return count == 2 ? memory.at<T>(base + slice * slice_bytes + sums_bytes) : total(slice);
       };
       if (together) {
-        sum_together(shift, helpers, total(0), part(0), panels(0));
+        sum_together(shift, helpers, total(0), part(0), panels(0), split);
       } else {
         std::vector<int64_t> tasks(static_cast<size_t>(slices));
         std::iota(tasks.begin(), tasks.end(), 0);
-        run_tasks(tasks, slices, [&](int64_t slice, int64_t) {
-          sum_slice(shift, slice, slices, total(slice), part(slice), panels(slice));
+        run_tasks(tasks, slices, [&](int64_t slice, int64_t worker_of_group) {
+          sum_slice(shift, slice, slices, total(slice), part(slice), panels(slice), split.of(worker_of_group));
         });
       }
       // The slices are added in their order, every entry by one thread.
@@ -106,10 +114,17 @@ class ShiftSum {
   }
 
  private:
-  // Products with one panel of rows of a term's left operand; with `term` == -1, sums of the part's rows.
+  // Products with some rows of a term's left operand; with `term` == -1, sums of the part's rows.
   struct Unit {
     int64_t term, part, row0, row1;
     double cost;
+  };
+
+  // Each worker's memory for products on matrix units; null without them.
+  struct Split {
+    std::byte* data;
+    int64_t bytes;
+    void* of(int64_t worker) const { return data == nullptr ? nullptr : data + worker * bytes; }
   };
 
   int64_t offsets() const { return input_.kernel[0] * input_.kernel[1] * input_.kernel[2]; }
@@ -148,26 +163,34 @@ class ShiftSum {
     return plan_.axes[axis].terms[static_cast<size_t>(term.axis_term[axis])];
   }
 
-  void make_units() {
-    const int64_t lanes = kernel_.lanes;
+  void make_terms() {
+    for (size_t t = 0; t < plan_.terms.size(); ++t) {
+      const int64_t cells = cell_count(plan_.terms[t]);
+      if (cells == 0 || !plan_.terms[t].symmetric) continue;
+      bias_terms_.push_back(static_cast<int64_t>(t));
+      bias_cells_ = std::max(bias_cells_, cells);
+    }
+  }
+
+  int64_t cell_count(const ShiftPlan::Term& term) const {
+    int64_t cells = 1;
+    for (size_t axis = 0; axis < 3; ++axis) cells *= static_cast<int64_t>(axis_term(term, axis).cells.size());
+    return cells;
+  }
+
+  void make_units(int64_t height) {
     for (size_t t = 0; t < plan_.terms.size(); ++t) {
       const ShiftPlan::Term& term = plan_.terms[t];
-      int64_t cells = 1;
+      if (cell_count(term) == 0) continue;
       double positions = 1;
       for (size_t axis = 0; axis < 3; ++axis) {
         const auto& list = axis_term(term, axis).cells;
-        cells *= static_cast<int64_t>(list.size());
-        positions *= list.empty() ? 0 : static_cast<double>(list.back().last - list.front().first);
+        positions *= static_cast<double>(list.back().last - list.front().first);
       }
-      if (cells == 0) continue;
-      if (term.symmetric) {
-        bias_terms_.push_back(static_cast<int64_t>(t));
-        bias_cells_ = std::max(bias_cells_, cells);
-      }
-      for (int64_t row = 0; row < plan_.rows; row += lanes) {
-        const int64_t width = term.symmetric ? row + lanes : plan_.columns;
-        units_.push_back({static_cast<int64_t>(t), term.left, row, std::min(row + lanes, plan_.rows),
-                          positions * static_cast<double>(width)});
+      for (int64_t row = 0; row < plan_.rows; row += height) {
+        const int64_t last = std::min(row + height, plan_.rows), width = term.symmetric ? last : plan_.columns;
+        units_.push_back({static_cast<int64_t>(t), term.left, row, last,
+                          positions * static_cast<double>(width) * static_cast<double>(last - row)});
       }
       if (bias_ && term.symmetric) units_.push_back({static_cast<int64_t>(t), -1, 0, plan_.rows, positions});
     }
@@ -231,7 +254,7 @@ class ShiftSum {
                  panels + part * part_stride(chunk.area) + row0 / kernel_.lanes * panel_stride(chunk.area));
   }
 
-  void compute(const Unit& unit, const Chunk& chunk, const T* panels, T* sums) const {
+  void compute(const Unit& unit, const Chunk& chunk, const T* panels, T* sums, void* split) const {
     const ShiftPlan::Term& term = plan_.terms[static_cast<size_t>(unit.term)];
     const ShiftChunk& area = chunk.area;
     const int64_t lanes = kernel_.lanes;
@@ -259,7 +282,8 @@ class ShiftSum {
                          sums + bias_sums_ + (term.left * bias_cells_ + index) * plan_.columns);
           } else {
             kernel_.products(box, left + start * lanes, unit.row0, unit.row1, right + (start + shift) * lanes,
-                             plan_.rows, panel_stride(area), term.symmetric, sums + (term.first_sum + index) * square_);
+                             plan_.rows, panel_stride(area), term.symmetric, sums + (term.first_sum + index) * square_,
+                             split);
           }
         }
       }
@@ -268,7 +292,8 @@ class ShiftSum {
 
   void clear(T* sums) const { std::memset(sums, 0, static_cast<size_t>(sums_size_) * sizeof(T)); }
 
-  void sum_slice(const kernels::ShiftInput& shift, int64_t slice, int64_t slices, T* total, T* part, T* panels) const {
+  void sum_slice(const kernels::ShiftInput& shift, int64_t slice, int64_t slices, T* total, T* part, T* panels,
+                 void* split) const {
     const int64_t count = static_cast<int64_t>(chunks_.size());
     clear(total);
     if (part != total) clear(part);
@@ -276,7 +301,7 @@ class ShiftSum {
     for (int64_t c = count * slice / slices; c < count * (slice + 1) / slices; ++c) {
       const Chunk& chunk = chunks_[static_cast<size_t>(c)];
       for (int64_t p = 0; p < plan_.parts(); ++p) pack_part(shift, chunk, p, 0, plan_.rows, panels);
-      for (const Unit& unit : units_) compute(unit, chunk, panels, part);
+      for (const Unit& unit : units_) compute(unit, chunk, panels, part, split);
       since += chunk.area.positions();
       if (part != total && since >= kFlush) {
         kernel_.flush(sums_size_, part, total);
@@ -288,7 +313,8 @@ class ShiftSum {
 
   // All workers on every chunk: each entry of the sums belongs to one unit, so its order of additions is that of the
   // chunks.
-  void sum_together(const kernels::ShiftInput& shift, int64_t workers, T* total, T* part, T* panels) const {
+  void sum_together(const kernels::ShiftInput& shift, int64_t workers, T* total, T* part, T* panels,
+                    const Split& split) const {
     clear(total);
     if (part != total) clear(part);
     const int64_t lanes = kernel_.lanes, groups = plan_.columns / lanes;
@@ -309,8 +335,9 @@ class ShiftSum {
         const int64_t row = task % groups * lanes;
         pack_part(shift, chunk, task / groups, row, std::min(row + lanes, plan_.rows), panels);
       });
-      run_tasks(order, workers,
-                [&](int64_t u, int64_t) { compute(units_[static_cast<size_t>(u)], chunk, panels, part); });
+      run_tasks(order, workers, [&](int64_t u, int64_t worker) {
+        compute(units_[static_cast<size_t>(u)], chunk, panels, part, split.of(worker));
+      });
       since += chunk.area.positions();
       if (part != total && since >= kFlush) {
         flush();

@@ -3,6 +3,7 @@
 #include <cstddef>
 
 #include "kernels/source.h"
+#include "kernels/split.h"
 #include "kernels/vector.h"
 
 namespace kronfac::kernels::KRONFAC_ISA {
@@ -117,23 +118,98 @@ void for_runs(const ShiftBox& box, F f) {
   if (run.count > 0) f(run);
 }
 
+// One run against all panels of the right operand.
+template <class T>
+void run_products(const Run& run, const T* left, int64_t row0, int64_t row1, const T* right, int64_t panel_stride,
+                  bool lower, T* sum, int64_t ld) {
+  constexpr int64_t lanes = kLanes<T>;
+  // The panels of the right operand stay in L1 while those of the left one go by.
+  for (int64_t j = 0, taken; j < ld; j += taken * lanes) {
+    const int64_t rest = (ld - j) / lanes;
+    taken = rest == kMostVectors + 1 ? rest / 2 : smaller(kMostVectors, rest);
+    for (int64_t i = lower ? larger(row0, j) : row0; i < row1; i += lanes) {
+      const int64_t vectors = lower ? smaller(taken, (i - j) / lanes + 1) : taken;
+      panel<T>(vectors, run, left + i / lanes * panel_stride, smaller(lanes, row1 - i),
+               right + j / lanes * panel_stride, panel_stride, sum + i * ld + j, ld);
+    }
+  }
+}
+
+#ifdef KRONFAC_SPLIT
+// From so many channels on, splitting costs less than it saves; shorter runs leave tiles empty.
+constexpr int64_t kSplitChannels = 96, kSplitPositions = 32;
+
+// Strips of the panels [row0, row1) over `terms` positions; either of left and right may be null.
+void pack_positions(const int64_t* offsets, int64_t terms, const float* panels, int64_t row0, int64_t row1,
+                    int64_t panel_stride, char* left, char* right) {
+  const int64_t bytes = strip_bytes(terms, kFloatParts);
+  for (int64_t row = row0; row < row1; row += kStripLines) {
+    const float* source = panels + row / kStripLines * panel_stride;
+    for (int64_t t = 0; t < terms; t += kStepTerms) {
+      const auto load_pair = [&](int i, Vector<float>& first, Vector<float>& second) {
+        first = t + i < terms ? load(source + offsets[t + i]) : Vector<float>{};
+        second = t + i + 16 < terms ? load(source + offsets[t + i + 16]) : Vector<float>{};
+      };
+      const int64_t at = (row - row0) / kStripLines * bytes + t / kStepTerms * kFloatParts * kTileBytes;
+      pack_step<kFloatParts>(load_pair, right == nullptr ? nullptr : right + at, left == nullptr ? nullptr : left + at);
+    }
+  }
+}
+
+void split_run(const Run& run, const float* left, int64_t row0, int64_t row1, const float* right, int64_t columns,
+               int64_t panel_stride, bool lower, float* sum, int64_t ld, void* scratch) {
+  static_assert(kLanes<float> == kStripLines);
+  char* left_strips = static_cast<char*>(scratch);
+  char* right_strips = left_strips + strip_count(row1 - row0) * strip_bytes(kSplitTerms<kFloatParts>, kFloatParts);
+  const int64_t used = lower ? smaller(columns, row1) : columns;
+  for (int64_t t = 0; t < run.count; t += kSplitTerms<kFloatParts>) {
+    const int64_t terms = smaller(kSplitTerms<kFloatParts>, run.count - t);
+    const int64_t* offsets = run.offsets + t;
+    if (left == right && row0 == 0 && row1 == used) {
+      pack_positions(offsets, terms, left, 0, used, panel_stride, left_strips, right_strips);
+    } else {
+      pack_positions(offsets, terms, left, row0, row1, panel_stride, left_strips, nullptr);
+      pack_positions(offsets, terms, right, 0, used, panel_stride, nullptr, right_strips);
+    }
+    multiply_chunk<kFloatParts>(row1 - row0, used, terms, left_strips, right_strips, lower ? row0 : kNoDiagonal,
+                                [&](const float* block, int64_t i, int64_t j, int64_t rows, int64_t width) {
+                                  for (int64_t r = 0; r < rows; ++r) {
+                                    merge_row(block + r * kBlock, width, 1, 1, sum + (row0 + i + r) * ld + j);
+                                  }
+                                });
+  }
+}
+#endif
+
+template <class T>
+int64_t split_scratch([[maybe_unused]] int64_t rows, [[maybe_unused]] int64_t columns) {
+#ifdef KRONFAC_SPLIT
+  if (sizeof(T) == sizeof(float) && rows >= kSplitChannels && columns >= kSplitChannels) {
+    return (strip_count(rows) + strip_count(columns)) * strip_bytes(kSplitTerms<kFloatParts>, kFloatParts);
+  }
+#endif
+  return 0;
+}
+
 template <class T>
 void products(const ShiftBox& box, const T* left, int64_t row0, int64_t row1, const T* right, int64_t columns,
-              int64_t panel_stride, bool lower, T* sum) {
-  constexpr int64_t lanes = kLanes<T>;
-  const int64_t ld = round_up(columns, lanes);
-  for_runs<T>(box, [&](const Run& run) {
-    // The panels of the right operand stay in L1 while those of the left one go by.
-    for (int64_t j = 0, taken; j < ld; j += taken * lanes) {
-      const int64_t rest = (ld - j) / lanes;
-      taken = rest == kMostVectors + 1 ? rest / 2 : smaller(kMostVectors, rest);
-      for (int64_t i = lower ? larger(row0, j) : row0; i < row1; i += lanes) {
-        const int64_t vectors = lower ? smaller(taken, (i - j) / lanes + 1) : taken;
-        panel<T>(vectors, run, left + i / lanes * panel_stride, smaller(lanes, row1 - i),
-                 right + j / lanes * panel_stride, panel_stride, sum + i * ld + j, ld);
-      }
+              int64_t panel_stride, bool lower, T* sum, [[maybe_unused]] void* split) {
+  const int64_t ld = round_up(columns, kLanes<T>);
+#ifdef KRONFAC_SPLIT
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (split != nullptr) {
+      const Tiles tiles;
+      return for_runs<T>(box, [&](const Run& run) {
+        if (run.count >= kSplitPositions) {
+          split_run(run, left, row0, row1, right, columns, panel_stride, lower, sum, ld, split);
+        } else {
+          run_products(run, left, row0, row1, right, panel_stride, lower, sum, ld);
+        }
+      });
     }
-  });
+  }
+#endif
+  for_runs<T>(box, [&](const Run& run) { run_products(run, left, row0, row1, right, panel_stride, lower, sum, ld); });
 }
 
 template <class T>
@@ -269,9 +345,9 @@ void gather(const T* const* boxes, int64_t count, int64_t rows, int64_t columns,
 
 extern const ShiftKernels<float> shift_f32;
 extern const ShiftKernels<double> shift_f64;
-const ShiftKernels<float> shift_f32{kLanes<float>, pack<float>, products<float>, sums<float>,
-                                    flush<float>,  add<float>,  gather<float>};
-const ShiftKernels<double> shift_f64{kLanes<double>, pack<double>, products<double>, sums<double>,
-                                     flush<double>,  add<double>,  gather<double>};
+const ShiftKernels<float> shift_f32{kLanes<float>, pack<float>,  products<float>, split_scratch<float>,
+                                    sums<float>,   flush<float>, add<float>,      gather<float>};
+const ShiftKernels<double> shift_f64{kLanes<double>, pack<double>,  products<double>, split_scratch<double>,
+                                     sums<double>,   flush<double>, add<double>,      gather<double>};
 
 }  // namespace kronfac::kernels::KRONFAC_ISA

@@ -50,9 +50,13 @@ struct ShiftKernels {
 
   // sum += left^T right over a box; `left` and `right` point at its first position in panels that are `panel_stride`
   // elements apart. Rows [row0, row1) of the sum, which has ld = columns rounded up to lanes; row0 is a multiple of
-  // lanes and `sum` points at row 0. lower: vectors wholly right of the diagonal panel are left alone.
+  // lanes and `sum` points at row 0. lower: what lies wholly right of the diagonal panel need not be computed. split:
+  // scratch of split_scratch bytes where long runs of positions should go to matrix units (split.h), else null.
   void (*products)(const ShiftBox& box, const T* left, int64_t row0, int64_t row1, const T* right, int64_t columns,
-                   int64_t panel_stride, bool lower, T* sum);
+                   int64_t panel_stride, bool lower, T* sum, void* split);
+
+  // Bytes for products with so many rows and columns on matrix units; 0 where there are none, or too little for them.
+  int64_t (*split_scratch)(int64_t rows, int64_t columns);
 
   // sum[row] += the sum of left's row over a box.
   void (*sums)(const ShiftBox& box, const T* left, int64_t rows, int64_t panel_stride, T* sum);

@@ -47,7 +47,7 @@ def test_covariance(m: int, d: int, dtype: torch.dtype, layout: str, bias: bool,
     with threads(count):
         result = covariance(x, bias)
     exact = torch.cat([x, torch.ones(m, 1)], 1).double() if bias else x.double()
-    assert outer_error(result, exact.mT, exact) <= 32  # rows that are all the same round all the same way
+    assert outer_error(result, exact.mT, exact) <= 64  # rows that are all the same round all the same way
 
 
 @settings(max_examples=30)
