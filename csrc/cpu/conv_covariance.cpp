@@ -94,7 +94,7 @@ void conv_covariance_into(const Tensor& out, const Problem& problem, double deca
     return;
   }
   symmetric_sum<T>(
-      symmetric_output(out, problem.groups), problem.positions, decay, scale,
+      symmetric_output(out, problem.groups), problem.positions, decay, scale, thread_count(),
       [&](int64_t group, int64_t k0, int64_t k1, int64_t row0, int64_t row1, T* sum, int64_t ld, void* scratch) {
         kernels::ConvInput input = problem.input;
         input.data = static_cast<const std::byte*>(input.data) + group * problem.group_stride;

@@ -10,11 +10,56 @@ void check_input(const char* op, const Tensor& x, double scale) {
   check_weight(op, "scale", scale);
 }
 
+// Packed panels of a flat matrix take this much at most: what several cores share of a cache, and Scratch keeps.
+constexpr int64_t kFlatBytes = int64_t{8} << 20;
+// A thread gets this many multiply-adds at least: waking it takes as long as some hundred thousand of them.
+constexpr double kLeastWork = 5e5;
+
 template <class T>
-void covariance_into(const Tensor& out, const Tensor& x, double decay, double scale,
-                     kernels::CovarianceUpdate<T> update) {
+void flat_covariance(const SymmetricOutput& out, const kernels::CovarianceInput& input, int64_t m, T decay, T scale,
+                     int64_t threads) {
+  const Kernels<T> kernels;
+  const kernels::CovarianceFlat<T>& flat = kernels.covariance_flat;
+  const int64_t nr = kernels.blocks.nr;
+  const Scratch scratch(flat.packed(m, out.d) * static_cast<int64_t>(sizeof(T)));
+  T* panels = scratch.at<T>();
+  T* data = out.tensor.mutable_data_ptr<T>();
+  if (threads == 1) {
+    flat.pack(input, m, out.d, 0, out.d, panels);
+    flat.rows(panels, m, out.d, 0, out.d, decay, scale, data, out.row_stride, out.col_stride);
+    return;
+  }
+  const int64_t columns = (out.d / threads + nr) / nr * nr;
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) {
+      const int64_t lo = std::min(out.d, part * columns), hi = std::min(out.d, lo + columns);
+      if (lo < hi) flat.pack(input, m, out.d, lo, hi, panels);
+    }
+  });
+  const std::vector<int64_t> bounds = symmetric::panels(out.d, threads, nr);
+  torch::stable::parallel_for(0, static_cast<int64_t>(bounds.size()) - 1, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      flat.rows(panels, m, out.d, bounds[static_cast<size_t>(p)], bounds[static_cast<size_t>(p + 1)], decay, scale,
+                data, out.row_stride, out.col_stride);
+    }
+  });
+}
+
+template <class T>
+void covariance_into(const Tensor& out, const Tensor& x, double decay, double scale) {
+  const Kernels<T> kernels;
   const kernels::CovarianceInput input{matrix_of(x), x.size(1)};
-  symmetric_sum<T>(symmetric_output(out, 1), x.size(0), decay, scale,
+  const SymmetricOutput target = symmetric_output(out, 1);
+  const int64_t m = x.size(0), d = target.d;
+  const double work = static_cast<double>(m) * static_cast<double>(d) * static_cast<double>(d + 1) / 2;
+  const int64_t threads = std::clamp<int64_t>(static_cast<int64_t>(work / kLeastWork), 1, thread_count());
+  const bool narrow = d <= kernels::kNarrowColumns;
+  if (!narrow && m <= kernels.covariance_flat.most_rows &&
+      kernels.covariance_flat.packed(m, d) <= kFlatBytes / static_cast<int64_t>(sizeof(T))) {
+    return flat_covariance<T>(target, input, m, static_cast<T>(decay), static_cast<T>(scale), threads);
+  }
+  const kernels::CovarianceUpdate<T> update = narrow ? kernels.covariance_narrow : kernels.covariance;
+  symmetric_sum<T>(target, m, decay, scale, threads,
                    [&](int64_t, int64_t k0, int64_t k1, int64_t row0, int64_t row1, T* sum, int64_t ld, void* scratch) {
                      update(input, k0, k1, row0, row1, sum, ld, scratch);
                    });
@@ -22,16 +67,16 @@ void covariance_into(const Tensor& out, const Tensor& x, double decay, double sc
 
 void covariance_into(const Tensor& out, const Tensor& x, double decay, double scale) {
   if (out.scalar_type() == ScalarType::Double) {
-    covariance_into<double>(out, x, decay, scale, kernels::table().covariance_f64);
+    covariance_into<double>(out, x, decay, scale);
   } else {
-    covariance_into<float>(out, x, decay, scale, kernels::table().covariance_f32);
+    covariance_into<float>(out, x, decay, scale);
   }
 }
 
 Tensor covariance(Tensor x, bool bias, double scale) {
   check_input("covariance", x, scale);
   const int64_t d = x.size(1) + (bias ? 1 : 0);
-  const Tensor out = torch::stable::empty({d, d}, accumulation_type(x.scalar_type()));
+  const Tensor out = empty_matrix(d, d, accumulation_type(x.scalar_type()));
   covariance_into(out, x, 0, scale);
   return out;
 }

@@ -82,13 +82,13 @@ inline std::vector<int64_t> panels(int64_t d, int64_t count, int64_t nr) {
 }  // namespace symmetric
 
 // out := decay * out + scale * S for every group. update(group, k0, k1, row0, row1, sum, ld, scratch) is a kernel as
-// described in kernels/symmetric.h. The sharing depends on sizes and the number of threads alone, and sums are added in
-// a fixed order.
+// described in kernels/symmetric.h. The sharing depends on sizes and `threads` alone, and sums are added in a fixed order.
 template <class T, class Update>
-void symmetric_sum(const SymmetricOutput& out, int64_t k, double decay, double scale, const Update& update) {
+void symmetric_sum(const SymmetricOutput& out, int64_t k, double decay, double scale, int64_t threads,
+                   const Update& update) {
   const Kernels<T> kernels;
   const auto& symmetric = kernels.symmetric;
-  const int64_t d = out.d, groups = out.groups, threads = thread_count();
+  const int64_t d = out.d, groups = out.groups;
   const int64_t size = static_cast<int64_t>(sizeof(T)), nr = kernels.blocks.nr, mr = kernels.blocks.mr;
   if (d == 0 || groups == 0) return;
   const auto up = [](int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; };
@@ -129,6 +129,12 @@ void symmetric_sum(const SymmetricOutput& out, int64_t k, double decay, double s
     return;
   }
 
+  if (count == 1 && groups == 1 && threads == 1) {  // no lists for what may be one small matrix
+    const int64_t bytes = sum_bytes(d);
+    const Scratch memory(bytes + symmetric.scratch(k, 0, d));
+    update(0, 0, k, 0, d, memory.at<T>(), ld, memory.at(bytes));
+    return finish(0, 0, d, memory.at<T>(), 1, 0);
+  }
   if (wanted > 1) count = std::max(count, std::min(2 * wanted, std::max<int64_t>(1, d / nr)));
   const std::vector<int64_t> bounds = symmetric::panels(d, count, nr);
   count = static_cast<int64_t>(bounds.size()) - 1;

@@ -1,6 +1,7 @@
 // The kernels of one accumulation type, and tensors as the kernels see them.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "common/checks.h"
@@ -21,6 +22,8 @@ struct Kernels<float> {
   kernels::GemmScratch gemm_scratch = table.gemm_scratch_f32;
   bool split_pays(int64_t m, int64_t n, int64_t k) const { return table.gemm_split_pays(m, n, k); }
   const kernels::SymmetricKernels<float>& symmetric = *table.symmetric_f32;
+  kernels::CovarianceUpdate<float> covariance = table.covariance_f32, covariance_narrow = table.covariance_narrow_f32;
+  const kernels::CovarianceFlat<float>& covariance_flat = *table.covariance_flat_f32;
   const kernels::SecondMomentKernels<float>& second_moment = *table.second_moment_f32;
   const kernels::DampedInverseKernels<float>& damped_inverse = *table.damped_inverse_f32;
   const kernels::PreconditionKernels<float>& precondition = *table.precondition_f32;
@@ -36,6 +39,8 @@ struct Kernels<double> {
   kernels::GemmScratch gemm_scratch = table.gemm_scratch_f64;
   bool split_pays(int64_t, int64_t, int64_t) const { return false; }
   const kernels::SymmetricKernels<double>& symmetric = *table.symmetric_f64;
+  kernels::CovarianceUpdate<double> covariance = table.covariance_f64, covariance_narrow = table.covariance_narrow_f64;
+  const kernels::CovarianceFlat<double>& covariance_flat = *table.covariance_flat_f64;
   const kernels::SecondMomentKernels<double>& second_moment = *table.second_moment_f64;
   const kernels::DampedInverseKernels<double>& damped_inverse = *table.damped_inverse_f64;
   const kernels::PreconditionKernels<double>& precondition = *table.precondition_f64;
@@ -64,6 +69,17 @@ inline int64_t element_size(kernels::Element type) {
     default:
       return 2;
   }
+}
+
+// An uninitialised contiguous matrix. torch::stable::empty looks its operator up by name and boxes six arguments, which
+// takes as long as the product of two small matrices; this asks the allocator alone.
+inline Tensor empty_matrix(int64_t rows, int64_t columns, ScalarType type) {
+  const int64_t sizes[] = {rows, columns}, strides[] = {std::max<int64_t>(columns, 1), 1};
+  const int32_t code = type == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(2, sizes, strides, code, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
 }
 
 // A 2-dimensional tensor as the kernels read it.

@@ -7,6 +7,8 @@
 #include "kernels/conv_covariance.h"
 #include "kernels/conv_covariance_shift.h"
 #include "kernels/covariance.h"
+#include "kernels/covariance_flat.h"
+#include "kernels/covariance_narrow.h"
 #include "kernels/damped_inverse.h"
 #include "kernels/gemm.h"
 #include "kernels/orthogonalize.h"
@@ -30,6 +32,10 @@ struct Table {
   const SymmetricKernels<double>* symmetric_f64;
   CovarianceUpdate<float> covariance_f32;
   CovarianceUpdate<double> covariance_f64;
+  CovarianceUpdate<float> covariance_narrow_f32;
+  CovarianceUpdate<double> covariance_narrow_f64;
+  const CovarianceFlat<float>* covariance_flat_f32;
+  const CovarianceFlat<double>* covariance_flat_f64;
   ConvCovarianceUpdate<float> conv_covariance_f32;
   ConvCovarianceUpdate<double> conv_covariance_f64;
   const ShiftKernels<float>* shift_f32;

@@ -1,0 +1,111 @@
+// Writes sums of a lower triangle into both triangles of a result. For kernels only.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/gemm_pack.h"
+#include "kernels/source.h"
+#include "kernels/vector.h"
+
+namespace kronfac::kernels::KRONFAC_ISA {
+
+// out := decay * out + scale * sums. decay == 0 does not read out.
+template <class T>
+struct Merge {
+  T decay, scale;
+  T* out;
+  int64_t row_stride, col_stride;
+
+  // Both triangles get the same sums, so a column-major out is its own transpose.
+  Merge(T decay_, T scale_, T* out_, int64_t row_stride_, int64_t col_stride_)
+      : decay(decay_), scale(scale_), out(out_), row_stride(row_stride_), col_stride(col_stride_) {
+    if (col_stride != 1 && row_stride == 1) {
+      row_stride = col_stride;
+      col_stride = 1;
+    }
+  }
+
+  // The first n lanes of v, already scaled, into row i from column j on, where columns are contiguous.
+  inline __attribute__((always_inline)) void vector(int64_t i, int64_t j, Vector<T> v, int64_t n) const {
+    T* to = out + i * row_stride + j;
+    if (n >= kLanes<T>) {
+      store(to, decay == T(0) ? v : decay * load(to) + v);
+    } else {
+      store_first(to, decay == T(0) ? v : decay * load_first(to, n) + v, n);
+    }
+  }
+
+  // The same for any strides.
+  inline __attribute__((always_inline)) void entry(int64_t i, int64_t j, T value) const {
+    T* to = out + i * row_stride + j * col_stride;
+    *to = decay == T(0) ? value : decay * *to + value;
+  }
+};
+
+// Lane numbers 0, 1, ... as values of T.
+template <class T>
+static inline Vector<T> lane_numbers() {
+  Vector<T> v = {};
+  for (int i = 0; i < static_cast<int>(kLanes<T>); ++i) v[i] = static_cast<T>(i);
+  return v;
+}
+
+// A square of lanes x lanes sums, rows from i and columns from j on, and its mirror image. at(r) is the address of row
+// i + r of the sums, columns from j on; it is asked for existing rows only. Sums on both sides of the diagonal: only
+// those below and on it are used. `rows` and `columns` say how many exist.
+template <class T, class At>
+static inline __attribute__((always_inline)) void write_square(const Merge<T>& merge, int64_t i, int64_t j,
+                                                               int64_t rows, int64_t columns, At at) {
+  constexpr int lanes = static_cast<int>(kLanes<T>);
+  Vector<T> v[lanes], across[lanes];
+  if (rows >= lanes) {
+#pragma GCC unroll 16
+    for (int r = 0; r < lanes; ++r) v[r] = across[r] = merge.scale * at(r);
+  } else {
+    for (int r = 0; r < lanes; ++r) v[r] = across[r] = r < rows ? merge.scale * at(r) : Vector<T>{};
+  }
+  transpose<T>(across);
+  if (i == j) {
+    const Vector<T> lane = lane_numbers<T>();
+#pragma GCC unroll 16
+    for (int r = 0; r < lanes; ++r) v[r] = lane <= static_cast<T>(r) - Vector<T>{} ? v[r] : across[r];
+    for (int64_t r = 0; r < smaller(rows, lanes); ++r) merge.vector(i + r, j, v[r], columns);
+    return;
+  }
+  if (rows >= lanes && columns >= lanes) {
+#pragma GCC unroll 16
+    for (int r = 0; r < lanes; ++r) merge.vector(i + r, j, v[r], lanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < lanes; ++r) merge.vector(j + r, i, across[r], lanes);
+    return;
+  }
+  for (int64_t r = 0; r < smaller(rows, lanes); ++r) merge.vector(i + r, j, v[r], columns);
+  for (int64_t r = 0; r < smaller(columns, lanes); ++r) merge.vector(j + r, i, across[r], rows);
+}
+
+// Rows [row0, row1) and columns [col0, col1) of a triangle of sums, and their mirror image; entries above the diagonal
+// are left out. row0 and col0 are multiples of the lanes. at(i, j) is the vector of sums of row i from column j on,
+// of which lanes right of the diagonal may be anything.
+template <class T, class At>
+static void write_block(const Merge<T>& merge, int64_t row0, int64_t row1, int64_t col0, int64_t col1, At at) {
+  constexpr int64_t lanes = kLanes<T>;
+  if (merge.col_stride == 1) {
+    for (int64_t i = row0; i < row1; i += lanes) {
+      for (int64_t j = col0; j < smaller(col1, i + lanes); j += lanes) {
+        write_square<T>(merge, i, j, row1 - i, smaller(col1, row1) - j, [&](int64_t r) { return at(i + r, j); });
+      }
+    }
+    return;
+  }
+  for (int64_t i = row0; i < row1; ++i) {
+    for (int64_t j = col0; j < smaller(col1, i + 1); j += lanes) {
+      const Vector<T> v = merge.scale * at(i, j);
+      for (int64_t s = 0; s < smaller(lanes, smaller(col1, i + 1) - j); ++s) {
+        merge.entry(i, j + s, v[s]);
+        if (j + s != i) merge.entry(j + s, i, v[s]);
+      }
+    }
+  }
+}
+
+}  // namespace kronfac::kernels::KRONFAC_ISA
