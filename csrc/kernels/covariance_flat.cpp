@@ -22,30 +22,55 @@ void pack(const CovarianceInput& input, int64_t nk, int64_t d, int64_t col0, int
   }
 }
 
+// The block of the result whose first entry is (i, j), and its mirror image.
+template <class T, Write write>
+void block(const Merge<T, write>& merge, const T* panels, int64_t nk, int64_t d, int64_t i, int64_t row1, int64_t j,
+           T* sums) {
+  constexpr Blocks size = blocks_of<T>();
+  constexpr int64_t width = size.nr;
+  // Rows that are formed and written in one go: whole squares of vectors, and few enough stores that they drain while
+  // the next rows are formed.
+  constexpr int64_t strip = kLanes<T> > size.mr ? kLanes<T> : size.mr;
+  const int64_t height = smaller(width, row1 - i), panel_columns = round_up(d, width);
+  for (int64_t k = 0; k < nk; k += size.kc) {
+    const int64_t kc = smaller(size.kc, nk - k);
+    const bool last = k + kc == nk;
+    const T* base = panels + k * panel_columns;
+    for (int64_t s = 0; s < height; s += strip) {
+      const int64_t end = smaller(height, s + strip), columns = smaller(i + end, j + width) - j;
+      for (int64_t r = s; r < end; r += size.mr) {
+        const int64_t needed = smaller(i + r + size.mr, row1) - j;
+        update_tile(1 + (needed - 1) / kLanes<T>, k == 0, kc, base + i * kc + r, base + j * kc, sums + r * width,
+                    width);
+      }
+      if (last) {
+        write_block(merge, i + s, i + end, j, j + columns,
+                    [=](int64_t r, int64_t c) { return load(sums + (r - i) * width + (c - j)); });
+      }
+    }
+  }
+}
+
+template <class T, Write write>
+void rows(const Merge<T, write>& merge, const T* panels, int64_t nk, int64_t d, int64_t row0, int64_t row1) {
+  constexpr int64_t width = blocks_of<T>().nr;
+  // A panel that lies in an outer cache is used for so many blocks at a time, and their mirror images are neighbours in
+  // the rows of the result; the panels of these rows stay in L2.
+  constexpr int64_t group = 8 * width;
+  alignas(panel_alignment) T sums[width * width] = {};
+  for (int64_t i0 = row0; i0 < row1; i0 += group) {
+    const int64_t i1 = smaller(row1, i0 + group);
+    for (int64_t j = 0; j < i1; j += width) {
+      for (int64_t i = larger(i0, j); i < i1; i += width) block(merge, panels, nk, d, i, row1, j, sums);
+    }
+  }
+}
+
 template <class T>
 void rows(const T* panels, int64_t nk, int64_t d, int64_t row0, int64_t row1, T decay, T scale, T* out,
           int64_t row_stride, int64_t col_stride) {
-  constexpr Blocks block = blocks_of<T>();
-  constexpr int64_t width = block.nr;
-  const Merge<T> merge(decay, scale, out, row_stride, col_stride);
-  alignas(panel_alignment) T sums[width * width] = {};
-  const int64_t panel_columns = round_up(d, width);
-  for (int64_t i = row0; i < row1; i += width) {
-    const int64_t height = smaller(width, row1 - i);
-    for (int64_t j = 0; j <= i; j += width) {
-      for (int64_t k = 0; k < nk; k += block.kc) {
-        const int64_t kc = smaller(block.kc, nk - k);
-        const T* base = panels + k * panel_columns;
-        for (int64_t r = 0; r < height; r += block.mr) {
-          const int64_t columns = smaller(i + r + block.mr, row1) - j;
-          update_tile(1 + (columns - 1) / kLanes<T>, k == 0, kc, base + i * kc + r, base + j * kc, sums + r * width,
-                      width);
-        }
-      }
-      write_block<T>(merge, i, i + height, j, smaller(i + height, j + width),
-                     [&](int64_t r, int64_t c) { return load(sums + (r - i) * width + (c - j)); });
-    }
-  }
+  with_merge(d, decay, scale, out, row_stride, col_stride,
+             [=](const auto& merge) { rows(merge, panels, nk, d, row0, row1); });
 }
 
 // Above this the sums of a panel of rows cost less to write and read again than the work that the result is held up by.

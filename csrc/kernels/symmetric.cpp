@@ -11,19 +11,18 @@ namespace {
 template <class T>
 constexpr int64_t kBlock = 256 / static_cast<int64_t>(sizeof(T));
 
-template <class T>
-void finish(int64_t row0, int64_t row1, T* sums, int64_t count, int64_t distance, int64_t ld, T decay, T scale, T* out,
-            int64_t row_stride, int64_t col_stride) {
-  const Merge<T> merge(decay, scale, out, row_stride, col_stride);
+template <class T, Write write>
+void finish(const Merge<T, write>& merge, int64_t row0, int64_t row1, const T* sums, int64_t count, int64_t distance,
+            int64_t ld) {
+  const T* from = sums - row0 * ld;
   for (int64_t i = row0; i < row1; i += kBlock<T>) {
     const int64_t end = smaller(row1, i + kBlock<T>);
     for (int64_t j = 0; j < end; j += kBlock<T>) {
-      const T* from = sums - row0 * ld;
+      const int64_t right = smaller(end, j + kBlock<T>);
       if (count == 1) {
-        write_block<T>(merge, i, end, j, smaller(end, j + kBlock<T>),
-                       [=](int64_t r, int64_t c) { return load(from + r * ld + c); });
+        write_block(merge, i, end, j, right, [=](int64_t r, int64_t c) { return load(from + r * ld + c); });
       } else {
-        write_block<T>(merge, i, end, j, smaller(end, j + kBlock<T>), [=](int64_t r, int64_t c) {
+        write_block(merge, i, end, j, right, [=](int64_t r, int64_t c) {
           Vector<T> sum = load(from + r * ld + c);
           for (int64_t p = 1; p < count; ++p) sum += load(from + p * distance + r * ld + c);
           return sum;
@@ -31,6 +30,13 @@ void finish(int64_t row0, int64_t row1, T* sums, int64_t count, int64_t distance
       }
     }
   }
+}
+
+template <class T>
+void finish(int64_t row0, int64_t row1, T* sums, int64_t count, int64_t distance, int64_t ld, T decay, T scale, T* out,
+            int64_t row_stride, int64_t col_stride) {
+  with_merge(row1, decay, scale, out, row_stride, col_stride,
+             [=](const auto& merge) { finish(merge, row0, row1, sums, count, distance, ld); });
 }
 
 }  // namespace

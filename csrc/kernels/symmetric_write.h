@@ -9,8 +9,16 @@
 
 namespace kronfac::kernels::KRONFAC_ISA {
 
-// out := decay * out + scale * sums. decay == 0 does not read out.
-template <class T>
+// How a result is written. stream: past the caches, which a large result would only flush, and without reading first
+// what will be overwritten; needs whole, aligned cache lines. add: to decay times the old value. Known to the compiler,
+// because a branch at every vector keeps it from overlapping their loads, permutations and stores.
+enum class Write { plain, stream, add };
+
+// Results from here on are streamed: more than a core's share of its caches.
+inline constexpr int64_t kStreamBytes = int64_t{8} << 20;
+
+// out := decay * out + scale * sums; decay == 0 does not read out.
+template <class T, Write write>
 struct Merge {
   T decay, scale;
   T* out;
@@ -28,19 +36,39 @@ struct Merge {
   // The first n lanes of v, already scaled, into row i from column j on, where columns are contiguous.
   inline __attribute__((always_inline)) void vector(int64_t i, int64_t j, Vector<T> v, int64_t n) const {
     T* to = out + i * row_stride + j;
-    if (n >= kLanes<T>) {
-      store(to, decay == T(0) ? v : decay * load(to) + v);
+    if (n < kLanes<T>) {
+      store_first(to, write == Write::add ? decay * load_first(to, n) + v : v, n);
+    } else if constexpr (write == Write::add) {
+      store(to, decay * load(to) + v);
+    } else if constexpr (write == Write::stream) {
+      store_past_caches(to, v);
     } else {
-      store_first(to, decay == T(0) ? v : decay * load_first(to, n) + v, n);
+      store(to, v);
     }
   }
 
   // The same for any strides.
   inline __attribute__((always_inline)) void entry(int64_t i, int64_t j, T value) const {
     T* to = out + i * row_stride + j * col_stride;
-    *to = decay == T(0) ? value : decay * *to + value;
+    *to = write == Write::add ? decay * *to + value : value;
   }
 };
+
+// Calls f with the Merge of these; `height` rows of out are about to be written, up to as many columns.
+template <class T, class F>
+static inline void with_merge(int64_t height, T decay, T scale, T* out, int64_t row_stride, int64_t col_stride, F f) {
+  const Merge<T, Write::plain> plain(decay, scale, out, row_stride, col_stride);
+  if (decay != T(0)) return f(Merge<T, Write::add>(decay, scale, out, row_stride, col_stride));
+  if constexpr (kStoresPastCaches) {
+    const bool aligned = reinterpret_cast<uintptr_t>(out) % kVectorBytes == 0 && plain.row_stride % kLanes<T> == 0;
+    const int64_t bytes = height * height * static_cast<int64_t>(sizeof(T));
+    if (aligned && plain.col_stride == 1 && bytes >= kStreamBytes) {
+      f(Merge<T, Write::stream>(decay, scale, out, row_stride, col_stride));
+      return stores_done();
+    }
+  }
+  f(plain);
+}
 
 // Lane numbers 0, 1, ... as values of T.
 template <class T>
@@ -53,8 +81,8 @@ static inline Vector<T> lane_numbers() {
 // A square of lanes x lanes sums, rows from i and columns from j on, and its mirror image. at(r) is the address of row
 // i + r of the sums, columns from j on; it is asked for existing rows only. Sums on both sides of the diagonal: only
 // those below and on it are used. `rows` and `columns` say how many exist.
-template <class T, class At>
-static inline __attribute__((always_inline)) void write_square(const Merge<T>& merge, int64_t i, int64_t j,
+template <class T, Write write, class At>
+static inline __attribute__((always_inline)) void write_square(const Merge<T, write>& merge, int64_t i, int64_t j,
                                                                int64_t rows, int64_t columns, At at) {
   constexpr int lanes = static_cast<int>(kLanes<T>);
   Vector<T> v[lanes], across[lanes];
@@ -86,13 +114,13 @@ static inline __attribute__((always_inline)) void write_square(const Merge<T>& m
 // Rows [row0, row1) and columns [col0, col1) of a triangle of sums, and their mirror image; entries above the diagonal
 // are left out. row0 and col0 are multiples of the lanes. at(i, j) is the vector of sums of row i from column j on,
 // of which lanes right of the diagonal may be anything.
-template <class T, class At>
-static void write_block(const Merge<T>& merge, int64_t row0, int64_t row1, int64_t col0, int64_t col1, At at) {
+template <class T, Write write, class At>
+static void write_block(const Merge<T, write>& merge, int64_t row0, int64_t row1, int64_t col0, int64_t col1, At at) {
   constexpr int64_t lanes = kLanes<T>;
   if (merge.col_stride == 1) {
     for (int64_t i = row0; i < row1; i += lanes) {
       for (int64_t j = col0; j < smaller(col1, i + lanes); j += lanes) {
-        write_square<T>(merge, i, j, row1 - i, smaller(col1, row1) - j, [&](int64_t r) { return at(i + r, j); });
+        write_square(merge, i, j, row1 - i, smaller(col1, row1) - j, [&](int64_t r) { return at(i + r, j); });
       }
     }
     return;

@@ -72,6 +72,24 @@ static inline void store_first(T* p, Vector<T> v, int64_t n) {
 #endif
 }
 
+// Stores of whole cache lines that bypass the caches, where vectors are as wide as that. Other threads see them after
+// stores_done().
+#if defined(__AVX512F__)
+inline constexpr bool kStoresPastCaches = true;
+template <class T>
+static inline void store_past_caches(T* p, Vector<T> v) {
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
+}
+static inline void stores_done() { _mm_sfence(); }
+#else
+inline constexpr bool kStoresPastCaches = false;
+template <class T>
+static inline void store_past_caches(T* p, Vector<T> v) {
+  store(p, v);
+}
+static inline void stores_done() {}
+#endif
+
 // low := x0 y0 x1 y1 ..., high := the rest of the same sequence.
 template <class V>
 static inline __attribute__((always_inline)) void interleave(const V& x, const V& y, V& low, V& high) {
