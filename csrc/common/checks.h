@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <ostream>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -27,10 +28,26 @@ inline std::string shape_string(const Tensor& t) {
 
 inline const char* dtype_name(const Tensor& t) { return torch::headeronly::toString(t.scalar_type()); }
 
-// "grads[3]" for list arguments.
-inline std::string item(const char* list, size_t i) { return std::string(list) + "[" + std::to_string(i) + "]"; }
+// Names of arguments and reasons, put into words only where a check fails: a call with fifty layers makes hundreds of
+// checks.
+struct Arg {
+  Arg(const char* name_) : name(name_) {}  // NOLINT(google-explicit-constructor)
+  Arg(const char* list, size_t index_) : name(list), index(static_cast<int64_t>(index_)) {}
+  const char* name;
+  int64_t index = -1;  // of an element of a list: "grads[3]"
+};
+inline std::ostream& operator<<(std::ostream& s, const Arg& arg) {
+  s << arg.name;
+  return arg.index < 0 ? s : s << '[' << arg.index << ']';
+}
+inline Arg item(const char* list, size_t i) { return {list, i}; }
 
-inline void check_dim(const char* op, const std::string& arg, const Tensor& t, int64_t dim, const char* meaning) {
+struct TypeOf {
+  const char* arg;
+};
+inline std::ostream& operator<<(std::ostream& s, const TypeOf& type) { return s << "the type of " << type.arg; }
+
+inline void check_dim(const char* op, const Arg& arg, const Tensor& t, int64_t dim, const char* meaning) {
   STD_TORCH_CHECK(t.dim() == dim, "kronfac::", op, ": ", arg, ": expected a ", dim, "-dimensional tensor ", meaning,
                   ", got shape ", shape_string(t));
 }
@@ -39,13 +56,13 @@ inline bool is_wide(ScalarType type) { return type == ScalarType::Float || type 
 inline bool is_narrow(ScalarType type) { return type == ScalarType::BFloat16 || type == ScalarType::Half; }
 
 // Factors, bases, eigenvalues, damping: float32 or float64.
-inline void check_wide(const char* op, const std::string& arg, const Tensor& t) {
+inline void check_wide(const char* op, const Arg& arg, const Tensor& t) {
   STD_TORCH_CHECK(is_wide(t.scalar_type()), "kronfac::", op, ": ", arg, ": expected float32 or float64, got ",
                   dtype_name(t));
 }
 
 // Activations and gradients: also bfloat16 and float16.
-inline void check_floating(const char* op, const std::string& arg, const Tensor& t) {
+inline void check_floating(const char* op, const Arg& arg, const Tensor& t) {
   STD_TORCH_CHECK(is_wide(t.scalar_type()) || is_narrow(t.scalar_type()), "kronfac::", op, ": ", arg,
                   ": expected float32, float64, bfloat16 or float16, got ", dtype_name(t));
 }
@@ -55,14 +72,14 @@ inline ScalarType accumulation_type(ScalarType input) {
   return input == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-inline void check_dtype(const char* op, const std::string& arg, const Tensor& t, ScalarType expected,
-                        const std::string& why) {
+template <class Why>
+void check_dtype(const char* op, const Arg& arg, const Tensor& t, ScalarType expected, const Why& why) {
   STD_TORCH_CHECK(t.scalar_type() == expected, "kronfac::", op, ": ", arg, ": expected ",
                   torch::headeronly::toString(expected), " (", why, "), got ", dtype_name(t));
 }
 
-inline void check_device(const char* op, const std::string& arg, const Tensor& t, const Tensor& reference,
-                         const std::string& reference_arg) {
+inline void check_device(const char* op, const Arg& arg, const Tensor& t, const Tensor& reference,
+                         const char* reference_arg) {
   STD_TORCH_CHECK(t.device() == reference.device(), "kronfac::", op, ": ", arg, ": expected the device of ",
                   reference_arg, ", got another one; move both to one device");
 }
@@ -71,7 +88,7 @@ inline void check_finite(const char* op, const char* arg, double value) {
   STD_TORCH_CHECK(std::isfinite(value), "kronfac::", op, ": ", arg, ": expected a finite number, got ", value);
 }
 
-inline void check_square(const char* op, const std::string& arg, const Tensor& t) {
+inline void check_square(const char* op, const Arg& arg, const Tensor& t) {
   check_dim(op, arg, t, 2, "(n, n)");
   STD_TORCH_CHECK(t.size(0) == t.size(1), "kronfac::", op, ": ", arg, ": expected a square matrix, got shape ",
                   shape_string(t));

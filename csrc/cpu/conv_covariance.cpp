@@ -146,6 +146,6 @@ void conv_covariance_(Tensor out, Tensor x, Sizes kernel_size, Sizes stride, Siz
 }  // namespace kronfac::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(kronfac, CPU, m) {
-  m.impl("conv_covariance", TORCH_BOX(&kronfac::cpu::conv_covariance));
-  m.impl("conv_covariance_", TORCH_BOX(&kronfac::cpu::conv_covariance_));
+  kronfac::implement(m, "conv_covariance", TORCH_BOX(&kronfac::cpu::conv_covariance));
+  kronfac::implement(m, "conv_covariance_", TORCH_BOX(&kronfac::cpu::conv_covariance_));
 }

@@ -52,9 +52,9 @@ void covariance_into(const Tensor& out, const Tensor& x, double decay, double sc
   const SymmetricOutput target = symmetric_output(out, 1);
   const int64_t m = x.size(0), d = target.d;
   const double work = static_cast<double>(m) * static_cast<double>(d) * static_cast<double>(d + 1) / 2;
-  const int64_t threads = std::clamp<int64_t>(static_cast<int64_t>(work / kLeastWork), 1, thread_count());
+  const int64_t threads = work < 2 * kLeastWork ? 1 : std::min(static_cast<int64_t>(work / kLeastWork), thread_count());
   const bool narrow = d <= kernels::kNarrowColumns;
-  if (!narrow && m <= kernels.covariance_flat.most_rows &&
+  if (!narrow && m > 0 && m <= kernels.covariance_flat.most_rows &&
       kernels.covariance_flat.packed(m, d) <= kFlatBytes / static_cast<int64_t>(sizeof(T))) {
     return flat_covariance<T>(target, input, m, static_cast<T>(decay), static_cast<T>(scale), threads);
   }
@@ -98,6 +98,6 @@ void covariance_(Tensor out, Tensor x, bool bias, double decay, double scale) {
 }  // namespace kronfac::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(kronfac, CPU, m) {
-  m.impl("covariance", TORCH_BOX(&kronfac::cpu::covariance));
-  m.impl("covariance_", TORCH_BOX(&kronfac::cpu::covariance_));
+  kronfac::implement(m, "covariance", TORCH_BOX(&kronfac::cpu::covariance));
+  kronfac::implement(m, "covariance_", TORCH_BOX(&kronfac::cpu::covariance_));
 }

@@ -204,7 +204,7 @@ Result damped_eigh(std::vector<Tensor> factors, Tensor damping, std::optional<st
     check_length(kOp, "basis", *basis, factors.size(), "factors");
     for (size_t i = 0; i < factors.size(); ++i) {
       const Tensor& q = (*basis)[i];
-      const std::string arg = item("basis", i);
+      const Arg arg = item("basis", i);
       check_square(kOp, arg, q);
       check_dtype(kOp, arg, q, type, "the type of damping");
       check_device(kOp, arg, q, damping, "damping");
@@ -292,4 +292,6 @@ Result damped_eigh(std::vector<Tensor> factors, Tensor damping, std::optional<st
 }  // namespace
 }  // namespace kronfac::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(kronfac, CPU, m) { m.impl("damped_eigh", TORCH_BOX(&kronfac::cpu::damped_eigh)); }
+STABLE_TORCH_LIBRARY_IMPL(kronfac, CPU, m) {
+  kronfac::implement(m, "damped_eigh", TORCH_BOX(&kronfac::cpu::damped_eigh));
+}

@@ -258,9 +258,9 @@ std::tuple<std::vector<Tensor>, Tensor> damped_inverse(std::vector<Tensor> facto
 
   std::vector<Tensor> inverses;
   for (const Tensor& factor : factors) {
-    inverses.push_back(torch::stable::empty({factor.size(0), factor.size(0)}, damping.scalar_type()));
+    inverses.push_back(empty_matrix(factor.size(0), factor.size(0), damping.scalar_type()));
   }
-  const Tensor info = torch::stable::empty({static_cast<int64_t>(factors.size())}, ScalarType::Int);
+  const Tensor info = empty_vector(static_cast<int64_t>(factors.size()), ScalarType::Int);
   if (!factors.empty()) {
     int32_t* codes = info.mutable_data_ptr<int32_t>();
     if (damping.scalar_type() == ScalarType::Double) {
@@ -275,4 +275,6 @@ std::tuple<std::vector<Tensor>, Tensor> damped_inverse(std::vector<Tensor> facto
 }  // namespace
 }  // namespace kronfac::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(kronfac, CPU, m) { m.impl("damped_inverse", TORCH_BOX(&kronfac::cpu::damped_inverse)); }
+STABLE_TORCH_LIBRARY_IMPL(kronfac, CPU, m) {
+  kronfac::implement(m, "damped_inverse", TORCH_BOX(&kronfac::cpu::damped_inverse));
+}

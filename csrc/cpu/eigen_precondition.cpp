@@ -106,7 +106,7 @@ std::tuple<std::vector<Tensor>, Tensor> eigen_precondition(std::vector<Tensor> g
   for (size_t l = 0; l < grads.size(); ++l) {
     check_layer(kOp, l, grads[l], "left_vectors", left_vectors[l], "right_vectors", right_vectors[l], damping,
                 "damping");
-    const std::string arg = item("eigenvalues", l);
+    const Arg arg = item("eigenvalues", l);
     check_dim(kOp, arg, eigenvalues[l], 2, "(out, in)");
     check_dtype(kOp, arg, eigenvalues[l], damping.scalar_type(), "the type of damping");
     check_device(kOp, arg, eigenvalues[l], damping, "damping");
@@ -115,9 +115,8 @@ std::tuple<std::vector<Tensor>, Tensor> eigen_precondition(std::vector<Tensor> g
                     shape_string(grads[l]), ", got ", shape_string(eigenvalues[l]));
   }
   const std::vector<double> values = read_damping(kOp, damping, grads.size());
-  for (const Tensor& grad : grads)
-    out.push_back(torch::stable::empty({grad.size(0), grad.size(1)}, grad.scalar_type()));
-  const Tensor dots = torch::stable::empty({static_cast<int64_t>(grads.size())}, damping.scalar_type());
+  for (const Tensor& grad : grads) out.push_back(empty_matrix(grad.size(0), grad.size(1), grad.scalar_type()));
+  const Tensor dots = empty_vector(static_cast<int64_t>(grads.size()), damping.scalar_type());
   if (damping.scalar_type() == ScalarType::Double) {
     precondition(grads, left_vectors, right_vectors, eigenvalues, values, out, dots.mutable_data_ptr<double>());
   } else {
@@ -130,5 +129,5 @@ std::tuple<std::vector<Tensor>, Tensor> eigen_precondition(std::vector<Tensor> g
 }  // namespace kronfac::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(kronfac, CPU, m) {
-  m.impl("eigen_precondition", TORCH_BOX(&kronfac::cpu::eigen_precondition));
+  kronfac::implement(m, "eigen_precondition", TORCH_BOX(&kronfac::cpu::eigen_precondition));
 }

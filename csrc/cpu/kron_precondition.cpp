@@ -60,10 +60,9 @@ std::tuple<std::vector<Tensor>, Tensor> kron_precondition(std::vector<Tensor> gr
     check_wide(kOp, item("left", l), left[l]);
     check_layer(kOp, l, grads[l], "left", left[l], "right", right[l], left[0], "left[0]");
   }
-  for (const Tensor& grad : grads)
-    out.push_back(torch::stable::empty({grad.size(0), grad.size(1)}, grad.scalar_type()));
+  for (const Tensor& grad : grads) out.push_back(empty_matrix(grad.size(0), grad.size(1), grad.scalar_type()));
   const ScalarType type = left.empty() ? ScalarType::Float : left[0].scalar_type();
-  const Tensor dots = torch::stable::empty({static_cast<int64_t>(grads.size())}, type);
+  const Tensor dots = empty_vector(static_cast<int64_t>(grads.size()), type);
   if (type == ScalarType::Double) {
     precondition(grads, left, right, out, dots.mutable_data_ptr<double>());
   } else {
@@ -75,4 +74,6 @@ std::tuple<std::vector<Tensor>, Tensor> kron_precondition(std::vector<Tensor> gr
 }  // namespace
 }  // namespace kronfac::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(kronfac, CPU, m) { m.impl("kron_precondition", TORCH_BOX(&kronfac::cpu::kron_precondition)); }
+STABLE_TORCH_LIBRARY_IMPL(kronfac, CPU, m) {
+  kronfac::implement(m, "kron_precondition", TORCH_BOX(&kronfac::cpu::kron_precondition));
+}

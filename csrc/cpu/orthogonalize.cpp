@@ -120,7 +120,7 @@ Tensor orthogonalize_(Tensor w, Tensor basis, int64_t passes) {
   const bool wide = w.scalar_type() == ScalarType::Double;
   STD_TORCH_CHECK(!overlaps(w, basis, wide ? 8 : 4), "kronfac::", kOp,
                   ": w: expected memory apart from basis, got a vector that shares memory with it; clone it");
-  Tensor coefficients = torch::stable::empty({m}, w.scalar_type());
+  Tensor coefficients = empty_vector(m, w.scalar_type());
   if (m == 0 || n == 0) return torch::stable::zero_(coefficients);
   if (wide) {
     orthogonalize<double>(w, basis, passes, coefficients.mutable_data_ptr<double>());
@@ -133,4 +133,6 @@ Tensor orthogonalize_(Tensor w, Tensor basis, int64_t passes) {
 }  // namespace
 }  // namespace kronfac::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(kronfac, CPU, m) { m.impl("orthogonalize_", TORCH_BOX(&kronfac::cpu::orthogonalize_)); }
+STABLE_TORCH_LIBRARY_IMPL(kronfac, CPU, m) {
+  kronfac::implement(m, "orthogonalize_", TORCH_BOX(&kronfac::cpu::orthogonalize_));
+}

@@ -72,4 +72,6 @@ void second_moment_(Tensor out, Tensor g, Tensor x, bool bias, double decay, dou
 }  // namespace
 }  // namespace kronfac::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(kronfac, CPU, m) { m.impl("second_moment_", TORCH_BOX(&kronfac::cpu::second_moment_)); }
+STABLE_TORCH_LIBRARY_IMPL(kronfac, CPU, m) {
+  kronfac::implement(m, "second_moment_", TORCH_BOX(&kronfac::cpu::second_moment_));
+}

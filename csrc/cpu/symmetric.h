@@ -82,7 +82,8 @@ inline std::vector<int64_t> panels(int64_t d, int64_t count, int64_t nr) {
 }  // namespace symmetric
 
 // out := decay * out + scale * S for every group. update(group, k0, k1, row0, row1, sum, ld, scratch) is a kernel as
-// described in kernels/symmetric.h. The sharing depends on sizes and `threads` alone, and sums are added in a fixed order.
+// described in kernels/symmetric.h. The sharing depends on sizes and `threads` alone, and sums are added in a fixed
+// order.
 template <class T, class Update>
 void symmetric_sum(const SymmetricOutput& out, int64_t k, double decay, double scale, int64_t threads,
                    const Update& update) {

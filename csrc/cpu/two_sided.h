@@ -119,13 +119,13 @@ void two_sided(const Kernels<T>& kernels, const Slice& slice, const Layer& layer
 // may be bfloat16 or float16 beside float32.
 inline void check_layer(const char* op, size_t at, const Tensor& grad, const char* left_name, const Tensor& left,
                         const char* right_name, const Tensor& right, const Tensor& first, const char* first_name) {
-  const std::string grad_arg = item("grads", at), left_arg = item(left_name, at), right_arg = item(right_name, at);
+  const Arg grad_arg = item("grads", at), left_arg = item(left_name, at), right_arg = item(right_name, at);
   check_dim(op, grad_arg, grad, 2, "(out, in)");
   check_floating(op, grad_arg, grad);
   check_square(op, left_arg, left);
   check_square(op, right_arg, right);
-  check_dtype(op, left_arg, left, first.scalar_type(), std::string("the type of ") + first_name);
-  check_dtype(op, right_arg, right, first.scalar_type(), std::string("the type of ") + first_name);
+  check_dtype(op, left_arg, left, first.scalar_type(), TypeOf{first_name});
+  check_dtype(op, right_arg, right, first.scalar_type(), TypeOf{first_name});
   STD_TORCH_CHECK(grad.scalar_type() == first.scalar_type() ||
                       (is_narrow(grad.scalar_type()) && first.scalar_type() == ScalarType::Float),
                   "kronfac::", op, ": ", grad_arg, ": expected ", dtype_name(first), " (the type of ", first_name,

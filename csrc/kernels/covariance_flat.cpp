@@ -17,8 +17,8 @@ void pack(const CovarianceInput& input, int64_t nk, int64_t d, int64_t col0, int
   constexpr Blocks block = blocks_of<T>();
   for (int64_t k = 0; k < nk; k += block.kc) {
     const int64_t kc = smaller(block.kc, nk - k);
-    pack_with_ones<T>(input.x, input.features, k, kc, col0, col1 - col0,
-                      panels + k * round_up(d, block.nr) + col0 * kc, [](T x) { return x; });
+    pack_with_ones<T>(input.x, input.features, k, kc, col0, col1 - col0, panels + k * round_up(d, block.nr) + col0 * kc,
+                      [](T x) { return x; });
   }
 }
 

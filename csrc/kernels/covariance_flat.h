@@ -10,7 +10,7 @@ namespace kronfac::kernels {
 
 template <class T>
 struct CovarianceFlat {
-  // Rows at most.
+  // Rows at most; at least one.
   int64_t most_rows;
   // Elements of packed panels for nk rows and d columns, the ones included.
   int64_t (*packed)(int64_t nk, int64_t d);

@@ -16,7 +16,8 @@ struct Rows {
 };
 
 // sum (R, V vectors) += the product of columns [i, i + R) with the V vectors of columns from j on; := for `first`. The
-// run after this one is fetched meanwhile, a cache line for each row and tile: the tiles of a run begin in all its lines.
+// run after this one is fetched meanwhile, a cache line for each row and tile: the tiles of a run begin in all its
+// lines.
 template <class T, int R, int V>
 void add_tile(const Rows<T>& rows, int64_t nk, int64_t i, int64_t j, bool first, T* sum, int64_t ld) {
   constexpr int64_t lanes = kLanes<T>;
@@ -72,7 +73,11 @@ void add_run(const Rows<T>& rows, int64_t nk, int64_t columns, bool first, T* su
     // Two blocks of rows that need no more than one vector are formed at once: one block's sums alone are too few to
     // hide the latency of the additions.
     if (i + mr < columns && i + 2 * mr <= lanes) {
-      add_tile<T, 2 * mr, 1>(rows, nk, i, 0, first, sum, ld);
+      if (i + mr + mr / 2 >= columns) {
+        add_tile<T, mr + mr / 2, 1>(rows, nk, i, 0, first, sum, ld);
+      } else {
+        add_tile<T, 2 * mr, 1>(rows, nk, i, 0, first, sum, ld);
+      }
       i += 2 * mr;
       continue;
     }
@@ -121,8 +126,7 @@ void update_narrow(const CovarianceInput& input, int64_t k0, int64_t k1, int64_t
   T* run_sum = packed + packed_elements<T>(k1 - k0, columns);
   if (k0 >= k1) return update<T>({nullptr, nullptr}, k0, k1, row0, row1, sum, ld, scratch);
   // As many rows as suit L1, and no more than scratch has room for.
-  const int64_t longest =
-      smaller(blocks_of<T>().kc, kRunBytes / (width * static_cast<int64_t>(sizeof(T))));
+  const int64_t longest = smaller(blocks_of<T>().kc, kRunBytes / (width * static_cast<int64_t>(sizeof(T))));
   // Rows are read in place up to the last whose reach ends inside the matrix: vectors pass over the end of a row into
   // the next, which spoils sums that nobody reads.
   const Matrix& x = input.x;

@@ -15,8 +15,8 @@ template <class T, Write write>
 void finish(const Merge<T, write>& merge, int64_t row0, int64_t row1, const T* sums, int64_t count, int64_t distance,
             int64_t ld) {
   const T* from = sums - row0 * ld;
-  for (int64_t i = row0; i < row1; i += kBlock<T>) {
-    const int64_t end = smaller(row1, i + kBlock<T>);
+  for (int64_t i = row0, end; i < row1; i = end) {
+    end = smaller(row1, (i / kBlock<T> + 1) * kBlock<T>);
     for (int64_t j = 0; j < end; j += kBlock<T>) {
       const int64_t right = smaller(end, j + kBlock<T>);
       if (count == 1) {

@@ -18,7 +18,8 @@ struct SymmetricKernels {
   int64_t (*scratch)(int64_t nk, int64_t row0, int64_t row1);
 
   // out (d, d) := decay * out + scale * S for the rows [row0, row1) of the lower triangle and their mirror images,
-  // where S is the sum of `count` partial sums, `distance` elements apart, added in order. decay == 0 does not read out.
+  // where S is the sum of `count` partial sums, `distance` elements apart, added in order. decay == 0 does not read
+  // out.
   void (*finish)(int64_t row0, int64_t row1, T* sums, int64_t count, int64_t distance, int64_t ld, T decay, T scale,
                  T* out, int64_t row_stride, int64_t col_stride);
 };

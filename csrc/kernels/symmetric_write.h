@@ -78,8 +78,8 @@ static inline Vector<T> lane_numbers() {
   return v;
 }
 
-// A square of lanes x lanes sums, rows from i and columns from j on, and its mirror image. at(r) is the address of row
-// i + r of the sums, columns from j on; it is asked for existing rows only. Sums on both sides of the diagonal: only
+// Up to a square of lanes x lanes sums, rows from i and columns from j on, and its mirror image. at(r) is row i + r of
+// the sums, columns from j on; it is asked for existing rows only. Sums on both sides of the diagonal: only
 // those below and on it are used. `rows` and `columns` say how many exist.
 template <class T, Write write, class At>
 static inline __attribute__((always_inline)) void write_square(const Merge<T, write>& merge, int64_t i, int64_t j,
@@ -111,20 +111,10 @@ static inline __attribute__((always_inline)) void write_square(const Merge<T, wr
   for (int64_t r = 0; r < smaller(columns, lanes); ++r) merge.vector(j + r, i, across[r], rows);
 }
 
-// Rows [row0, row1) and columns [col0, col1) of a triangle of sums, and their mirror image; entries above the diagonal
-// are left out. row0 and col0 are multiples of the lanes. at(i, j) is the vector of sums of row i from column j on,
-// of which lanes right of the diagonal may be anything.
+// The same as write_block, entry by entry.
 template <class T, Write write, class At>
-static void write_block(const Merge<T, write>& merge, int64_t row0, int64_t row1, int64_t col0, int64_t col1, At at) {
+static void write_entries(const Merge<T, write>& merge, int64_t row0, int64_t row1, int64_t col0, int64_t col1, At at) {
   constexpr int64_t lanes = kLanes<T>;
-  if (merge.col_stride == 1) {
-    for (int64_t i = row0; i < row1; i += lanes) {
-      for (int64_t j = col0; j < smaller(col1, i + lanes); j += lanes) {
-        write_square(merge, i, j, row1 - i, smaller(col1, row1) - j, [&](int64_t r) { return at(i + r, j); });
-      }
-    }
-    return;
-  }
   for (int64_t i = row0; i < row1; ++i) {
     for (int64_t j = col0; j < smaller(col1, i + 1); j += lanes) {
       const Vector<T> v = merge.scale * at(i, j);
@@ -134,6 +124,27 @@ static void write_block(const Merge<T, write>& merge, int64_t row0, int64_t row1
       }
     }
   }
+}
+
+// Rows [row0, row1) and columns [col0, col1) of a triangle of sums, and their mirror image; entries above the diagonal
+// are left out. col0 is a multiple of the lanes. at(i, j) is the vector of sums of row i from column j on,
+// of which lanes right of the diagonal may be anything.
+template <class T, Write write, class At>
+static void write_block(const Merge<T, write>& merge, int64_t row0, int64_t row1, int64_t col0, int64_t col1, At at) {
+  constexpr int64_t lanes = kLanes<T>;
+  if (merge.col_stride == 1) {
+    for (int64_t i = row0; i < row1;) {
+      const int64_t end = smaller(row1, (i / lanes + 1) * lanes);
+      int64_t j = col0;
+      for (; j < smaller(col1, i % lanes == 0 ? end : i - lanes + 1); j += lanes) {
+        write_square(merge, i, j, end - i, smaller(col1, end) - j, [&](int64_t r) { return at(i + r, j); });
+      }
+      if (j < smaller(col1, end)) write_entries(merge, i, end, j, col1, at);
+      i = end;
+    }
+    return;
+  }
+  write_entries(merge, row0, row1, col0, col1, at);
 }
 
 }  // namespace kronfac::kernels::KRONFAC_ISA

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kronfac import _library as _library  # registers the operators
 from kronfac.ops._checks import check, check_device, check_dtype, check_floating, check_weight, shape_string
+from kronfac.ops._detached import detached, register_fake, tracing, wants_graph
 from kronfac.ops._nondifferentiable import refuse_gradients
 from kronfac.ops.covariance import accumulation_dtype
 
@@ -49,9 +50,8 @@ def conv_covariance(
         RuntimeError: wrong rank, dtype or lengths; entries out of range; a dilated kernel larger than the padded map;
             a scale that is negative or not finite.
     """
-    result: Tensor = torch.ops.kronfac.conv_covariance.default(
-        x, kernel_size, stride, padding, dilation, groups, bias, scale
-    )
+    operator = torch.ops.kronfac.conv_covariance.default if x.requires_grad or tracing() else _DETACHED
+    result: Tensor = operator(x, kernel_size, stride, padding, dilation, groups, bias, scale)
     return result
 
 
@@ -86,9 +86,8 @@ def conv_covariance_(
         RuntimeError: what `conv_covariance` raises for; wrong shape, dtype or device of `out`; an expanded `out`; an
             argument that requires grad while grad mode is on. `out` is then unchanged.
     """
-    torch.ops.kronfac.conv_covariance_.default(
-        out, x, kernel_size, stride, padding, dilation, groups, bias, decay, scale
-    )
+    operator = torch.ops.kronfac.conv_covariance_.default if wants_graph((out, x)) else _DETACHED_INTO
+    operator(out, x, kernel_size, stride, padding, dilation, groups, bias, decay, scale)
 
 
 def _check_list(op: str, arg: str, entries: Sequence[int], axes: int, least: int) -> None:
@@ -160,7 +159,7 @@ def _output_shape(
     return (groups, d, d) if groups > 1 else (d, d)
 
 
-@torch.library.register_fake("kronfac::conv_covariance")  # type: ignore[untyped-decorator]
+@register_fake("conv_covariance")
 def _(
     x: Tensor,
     kernel_size: Sequence[int],
@@ -175,7 +174,7 @@ def _(
     return x.new_empty(shape, dtype=accumulation_dtype(x))
 
 
-@torch.library.register_fake("kronfac::conv_covariance_")  # type: ignore[untyped-decorator]
+@register_fake("conv_covariance_")
 def _(
     out: Tensor,
     x: Tensor,
@@ -247,3 +246,5 @@ def _input_gradient(ctx: Any, x: Tensor, grad: Tensor) -> Tensor:
 
 torch.library.register_autograd("kronfac::conv_covariance", _backward, setup_context=_setup_context)
 refuse_gradients("conv_covariance_")
+_DETACHED = detached("conv_covariance")
+_DETACHED_INTO = detached("conv_covariance_")

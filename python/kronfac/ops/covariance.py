@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kronfac import _library as _library  # registers the operators
 from kronfac.ops._checks import check, check_device, check_dim, check_dtype, check_floating, check_weight, shape_string
+from kronfac.ops._detached import detached, register_fake, tracing, wants_graph
 from kronfac.ops._nondifferentiable import refuse_gradients
 
 
@@ -29,7 +30,13 @@ def covariance(x: Tensor, bias: bool = False, scale: float = 1.0) -> Tensor:
     Raises:
         RuntimeError: wrong rank or dtype, or a scale that is negative or not finite.
     """
-    result: Tensor = torch.ops.kronfac.covariance.default(x, bias, scale)
+    result: Tensor
+    if x.requires_grad or tracing():
+        result = torch.ops.kronfac.covariance.default(x, bias, scale)
+    elif scale == 1.0 and not bias:
+        result = _DETACHED(x)  # an argument that is left out is not converted: 0.3 us, a sixth of a small call
+    else:
+        result = _DETACHED(x, bias, scale)
     return result
 
 
@@ -48,7 +55,8 @@ def covariance_(out: Tensor, x: Tensor, bias: bool = False, decay: float = 0.0, 
         RuntimeError: wrong rank, size, dtype or device; a decay or scale that is negative or not finite; an expanded
             `out`; an argument that requires grad while grad mode is on. `out` is then unchanged.
     """
-    torch.ops.kronfac.covariance_.default(out, x, bias, decay, scale)
+    operator = torch.ops.kronfac.covariance_.default if wants_graph((out, x)) else _DETACHED_INTO
+    operator(out, x, bias, decay, scale)
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:
@@ -62,14 +70,14 @@ def _check_input(op: str, x: Tensor, scale: float) -> None:
     check_weight(op, "scale", scale)
 
 
-@torch.library.register_fake("kronfac::covariance")  # type: ignore[untyped-decorator]
+@register_fake("covariance")
 def _(x: Tensor, bias: bool = False, scale: float = 1.0) -> Tensor:
     _check_input("covariance", x, scale)
     d = x.shape[1] + int(bias)
     return x.new_empty((d, d), dtype=accumulation_dtype(x))
 
 
-@torch.library.register_fake("kronfac::covariance_")  # type: ignore[untyped-decorator]
+@register_fake("covariance_")
 def _(out: Tensor, x: Tensor, bias: bool = False, decay: float = 0.0, scale: float = 1.0) -> None:
     op = "covariance_"
     _check_input(op, x, scale)
@@ -104,3 +112,5 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
 
 torch.library.register_autograd("kronfac::covariance", _backward, setup_context=_setup_context)
 refuse_gradients("covariance_")
+_DETACHED = detached("covariance")
+_DETACHED_INTO = detached("covariance_")

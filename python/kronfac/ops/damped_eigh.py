@@ -18,6 +18,7 @@ from kronfac.ops._checks import (
     check_wide,
     shape_string,
 )
+from kronfac.ops._detached import detached, register_fake, wants_graph
 from kronfac.ops._nondifferentiable import refuse_gradients
 
 _OP = "damped_eigh"
@@ -55,13 +56,12 @@ def damped_eigh(
             differ, `damping` has another shape or holds negative or non-finite values, or an input requires grad: the
             operator is not differentiable.
     """
-    values, vectors, info = torch.ops.kronfac.damped_eigh.default(
-        list(factors), damping, None if basis is None else list(basis)
-    )
+    operator = torch.ops.kronfac.damped_eigh.default if wants_graph(factors, (damping,), basis or ()) else _DETACHED
+    values, vectors, info = operator(list(factors), damping, None if basis is None else list(basis))
     return values, vectors, info
 
 
-@torch.library.register_fake("kronfac::damped_eigh")  # type: ignore[untyped-decorator]
+@register_fake("damped_eigh")
 def _fake(
     factors: Sequence[Tensor], damping: Tensor, basis: Sequence[Tensor] | None = None
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
@@ -94,3 +94,4 @@ def _check_basis(i: int, factor: Tensor, vectors: Tensor, damping: Tensor) -> No
 
 
 refuse_gradients(_OP)
+_DETACHED = detached(_OP)

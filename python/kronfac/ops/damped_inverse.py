@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kronfac import _library as _library
 from kronfac.ops._checks import check_damping, check_device, check_dtype, check_square, check_wide
+from kronfac.ops._detached import detached, register_fake, wants_graph
 from kronfac.ops._nondifferentiable import refuse_gradients
 
 _OP = "damped_inverse"
@@ -40,11 +41,12 @@ def damped_inverse(factors: Sequence[Tensor], damping: Tensor) -> tuple[list[Ten
     A float32 inverse is about as accurate as LAPACK's: the tests hold ``max |(F + damping I) X - I|`` to twice its
     value, at condition 1e4 and orders 8 to 1024. (Matrices up to order 128 are inverted in float64 and rounded.)
     """
-    inverses, info = torch.ops.kronfac.damped_inverse.default(list(factors), damping)
+    operator = torch.ops.kronfac.damped_inverse.default if wants_graph(factors, (damping,)) else _DETACHED
+    inverses, info = operator(list(factors), damping)
     return inverses, info
 
 
-@torch.library.register_fake("kronfac::damped_inverse")  # type: ignore[untyped-decorator]
+@register_fake("damped_inverse")
 def _fake(factors: Sequence[Tensor], damping: Tensor) -> tuple[list[Tensor], Tensor]:
     check_wide(_OP, "damping", damping)
     for i, factor in enumerate(factors):
@@ -57,3 +59,4 @@ def _fake(factors: Sequence[Tensor], damping: Tensor) -> tuple[list[Tensor], Ten
 
 
 refuse_gradients(_OP)
+_DETACHED = detached(_OP)

@@ -19,6 +19,7 @@ from kronfac.ops._checks import (
     check_wide,
     shape_string,
 )
+from kronfac.ops._detached import detached, register_fake, wants_graph
 from kronfac.ops._layers import check_layer
 
 _OP = "eigen_precondition"
@@ -57,13 +58,13 @@ def eigen_precondition(
         RuntimeError: the lists differ in length, ranks, sizes, dtypes or devices do not fit, or `damping` has another
             shape or holds negative or non-finite values.
     """
-    out, dots = torch.ops.kronfac.eigen_precondition.default(
-        list(grads), list(left_vectors), list(right_vectors), list(eigenvalues), damping
-    )
+    graph = wants_graph(grads, left_vectors, right_vectors, eigenvalues, (damping,))
+    operator = torch.ops.kronfac.eigen_precondition.default if graph else _DETACHED
+    out, dots = operator(list(grads), list(left_vectors), list(right_vectors), list(eigenvalues), damping)
     return out, dots
 
 
-@torch.library.register_fake("kronfac::eigen_precondition")  # type: ignore[untyped-decorator]
+@register_fake("eigen_precondition")
 def _fake(
     grads: Sequence[Tensor],
     left_vectors: Sequence[Tensor],
@@ -155,3 +156,4 @@ def _backward(ctx: Any, out_bar: list[Tensor | None], dots_bar: Tensor | None) -
 
 
 torch.library.register_autograd("kronfac::eigen_precondition", _backward, setup_context=_setup_context)
+_DETACHED = detached(_OP)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kronfac import _library as _library
 from kronfac.ops._checks import check_length, check_wide
+from kronfac.ops._detached import detached, register_fake, wants_graph
 from kronfac.ops._layers import check_layer
 
 _OP = "kron_precondition"
@@ -42,11 +43,12 @@ def kron_precondition(
     """
     if len(grads) == len(left) == len(right) == 0:
         return [], torch.zeros(0)  # the dispatcher needs a tensor to choose a device by
-    out, dots = torch.ops.kronfac.kron_precondition.default(list(grads), list(left), list(right))
+    operator = torch.ops.kronfac.kron_precondition.default if wants_graph(grads, left, right) else _DETACHED
+    out, dots = operator(list(grads), list(left), list(right))
     return out, dots
 
 
-@torch.library.register_fake("kronfac::kron_precondition")  # type: ignore[untyped-decorator]
+@register_fake("kron_precondition")
 def _fake(grads: Sequence[Tensor], left: Sequence[Tensor], right: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
     check_length(_OP, "left", left, len(grads), "grads")
     check_length(_OP, "right", right, len(grads), "grads")
@@ -89,3 +91,4 @@ def _backward(ctx: Any, out_bar: list[Tensor | None], dots_bar: Tensor | None) -
 
 
 torch.library.register_autograd("kronfac::kron_precondition", _backward, setup_context=_setup_context)
+_DETACHED = detached(_OP)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kronfac import _library as _library
 from kronfac.ops._checks import check, check_device, check_dim, check_dtype, check_wide, shape_string
+from kronfac.ops._detached import detached, register_fake, wants_graph
 from kronfac.ops._nondifferentiable import refuse_gradients
 
 _OP = "orthogonalize_"
@@ -34,11 +35,12 @@ def orthogonalize_(w: Tensor, basis: Tensor, passes: int = 2) -> Tensor:
         RuntimeError: ranks, sizes, dtypes or devices do not fit, ``passes < 1``, `w` is an expanded tensor or shares
             memory with `basis`, or an input requires grad: the operator is not differentiable.
     """
-    coefficients: Tensor = torch.ops.kronfac.orthogonalize_.default(w, basis, passes)
+    operator = torch.ops.kronfac.orthogonalize_.default if wants_graph((w, basis)) else _DETACHED
+    coefficients: Tensor = operator(w, basis, passes)
     return coefficients
 
 
-@torch.library.register_fake("kronfac::orthogonalize_")  # type: ignore[untyped-decorator]
+@register_fake("orthogonalize_")
 def _fake(w: Tensor, basis: Tensor, passes: int = 2) -> Tensor:
     check_dim(_OP, "w", w, 1, "(n,)")
     check_dim(_OP, "basis", basis, 2, "(m, n)")
@@ -57,3 +59,4 @@ def _fake(w: Tensor, basis: Tensor, passes: int = 2) -> Tensor:
 
 
 refuse_gradients(_OP)
+_DETACHED = detached(_OP)

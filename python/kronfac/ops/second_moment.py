@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kronfac import _library as _library  # registers the operators
 from kronfac.ops._checks import check, check_device, check_dim, check_dtype, check_floating, check_weight, shape_string
+from kronfac.ops._detached import detached, register_fake, wants_graph
 from kronfac.ops._nondifferentiable import refuse_gradients
 from kronfac.ops.covariance import accumulation_dtype
 
@@ -34,10 +35,11 @@ def second_moment_(
         RuntimeError: wrong rank, size, dtype or device; a decay or scale that is negative or not finite; an expanded
             `out`; an argument that requires grad while grad mode is on. `out` is then unchanged.
     """
-    torch.ops.kronfac.second_moment_.default(out, g, x, bias, decay, scale)
+    operator = torch.ops.kronfac.second_moment_.default if wants_graph((out, g, x)) else _DETACHED
+    operator(out, g, x, bias, decay, scale)
 
 
-@torch.library.register_fake("kronfac::second_moment_")  # type: ignore[untyped-decorator]
+@register_fake("second_moment_")
 def _(out: Tensor, g: Tensor, x: Tensor, bias: bool = False, decay: float = 0.0, scale: float = 1.0) -> None:
     op = "second_moment_"
     check_floating(op, "g", g)
@@ -68,3 +70,4 @@ def _(out: Tensor, g: Tensor, x: Tensor, bias: bool = False, decay: float = 0.0,
 
 
 refuse_gradients("second_moment_")
+_DETACHED = detached("second_moment_")
