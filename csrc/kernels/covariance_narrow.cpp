@@ -1,6 +1,7 @@
 #include "kernels/covariance_narrow.h"
 
 #include "kernels/symmetric_update.h"
+#include "kernels/tile_rows.h"
 
 namespace kronfac::kernels::KRONFAC_ISA {
 namespace {
@@ -8,44 +9,19 @@ namespace {
 // Rows of one run take so much at most: they are read once for every tile and stay in an L1 of 32 KiB or more.
 constexpr int64_t kRunBytes = 20 << 10;
 
-// Rows of doubles or floats that lie one after another: the runs that tiles are made of.
-template <class T>
-struct Rows {
-  const T* data;
-  int64_t stride;
-};
-
 // sum (R, V vectors) += the product of columns [i, i + R) with the V vectors of columns from j on; := for `first`. The
 // run after this one is fetched meanwhile, a cache line for each row and tile: the tiles of a run begin in all its
 // lines.
 template <class T, int R, int V>
 void add_tile(const Rows<T>& rows, int64_t nk, int64_t i, int64_t j, bool first, T* sum, int64_t ld) {
-  constexpr int64_t lanes = kLanes<T>;
-  Vector<T> total[R][V] = {};
-  const T *left = rows.data + i, *right = rows.data + j;
-#pragma GCC unroll 2
-  for (int64_t k = 0; k < nk; ++k) {
-    Vector<T> b[V];
-#pragma GCC unroll 4
-    for (int s = 0; s < V; ++s) b[s] = load(right + s * lanes);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const Vector<T> a = left[r] - Vector<T>{};
-#pragma GCC unroll 4
-      for (int s = 0; s < V; ++s) total[r][s] += a * b[s];
-    }
-    __builtin_prefetch(left + nk * rows.stride);
-    left += rows.stride;
-    right += rows.stride;
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-    for (int s = 0; s < V; ++s) {
-      T* to = sum + (i + r) * ld + j + s * lanes;
-      store(to, first ? total[r][s] : load(to) + total[r][s]);
-    }
-  }
+  const T* next = rows.data + i + nk * rows.stride;
+  tile_of_rows<T, R, V>(
+      nk, {rows.data + i, rows.stride}, {rows.data + j, rows.stride},
+      [=](int64_t k) { __builtin_prefetch(next + k * rows.stride); },
+      [=](int r, int64_t s, Vector<T> v) {
+        T* to = sum + (i + r) * ld + j + s;
+        store(to, first ? v : load(to) + v);
+      });
 }
 
 // The same for 0 < vectors <= V.

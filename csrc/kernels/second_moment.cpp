@@ -3,6 +3,7 @@
 #include <cstddef>
 
 #include "kernels/tile.h"
+#include "kernels/tile_rows.h"
 
 namespace kronfac::kernels::KRONFAC_ISA {
 namespace {
@@ -37,12 +38,15 @@ int64_t scratch(int64_t rows, int64_t columns, int64_t positions) {
   return (layout.sums + layout.left + layout.right) * static_cast<int64_t>(sizeof(T));
 }
 
-// sums tile += (a^T b)^2 over the positions of one example.
-template <class T>
-void add_square(int64_t positions, const T* a, const T* b, T* sums, int64_t ld) {
+// Rows that are read in place are fetched so far ahead: the time of a memory access in terms of tile steps.
+constexpr int64_t kAhead = 32;
+
+// sums tile += (a^T b)^2 over the positions of one example; run(t0, count, write) forms the product of some positions.
+template <class T, class Run>
+void add_square(int64_t positions, T* sums, int64_t ld, Run run) {
   constexpr Blocks block = blocks_of<T>();
   if (positions <= kRun) {
-    Tile<T>::run(positions, a, b, [&](int r, int64_t s, Vector<T> v) {
+    run(0, positions, [=](int r, int64_t s, Vector<T> v) {
       T* out = sums + r * ld + s;
       store(out, load(out) + v * v);
     });
@@ -50,7 +54,7 @@ void add_square(int64_t positions, const T* a, const T* b, T* sums, int64_t ld) 
   }
   alignas(panel_alignment) T product[block.mr * block.nr] = {};
   for (int64_t t = 0; t < positions; t += kRun) {
-    Tile<T>::run(smaller(kRun, positions - t), a + t * block.nr, b + t * block.nr, [&](int r, int64_t s, Vector<T> v) {
+    run(t, smaller(kRun, positions - t), [&](int r, int64_t s, Vector<T> v) {
       T* out = product + r * block.nr + s;
       store(out, load(out) + v);
     });
@@ -58,6 +62,35 @@ void add_square(int64_t positions, const T* a, const T* b, T* sums, int64_t ld) 
   for (int r = 0; r < block.mr; ++r) {
     for (int s = 0; s < block.nr; ++s) sums[r * ld + s] += product[r * block.nr + s] * product[r * block.nr + s];
   }
+}
+
+template <class T>
+void add_square_of_panels(int64_t positions, const T* a, const T* b, T* sums, int64_t ld) {
+  constexpr int64_t width = blocks_of<T>().nr;
+  add_square(positions, sums, ld,
+             [=](int64_t t, int64_t count, auto write) { Tile<T>::run(count, a + t * width, b + t * width, write); });
+}
+
+template <class T>
+void add_square_of_rows(int64_t positions, const Rows<T>& a, const Rows<T>& b, T* sums, int64_t ld) {
+  constexpr int mr = blocks_of<T>().mr;
+  add_square(positions, sums, ld, [=](int64_t t, int64_t count, auto write) {
+    const Rows<T> left{a.data + t * a.stride, a.stride}, right{b.data + t * b.stride, b.stride};
+    const auto fetch = [right](int64_t k) {
+      const T* row = right.data + (k + kAhead) * right.stride;
+      for (int v = 0; v < kPanelVectors<T>; ++v) __builtin_prefetch(row + v * kLanes<T>);
+    };
+    tile_of_rows<T, mr, kPanelVectors<T>>(count, left, right, fetch, write);
+  });
+}
+
+template <class T>
+constexpr Element kElement = sizeof(T) == sizeof(float) ? Element::f32 : Element::f64;
+
+// Whether tiles can read the rows of an operand where they lie.
+template <class T>
+bool in_rows(const Matrix& matrix) {
+  return matrix.type == kElement<T> && matrix.col_stride == 1;
 }
 
 Matrix example(const Examples& all, int64_t n) {
@@ -106,17 +139,32 @@ void block(const Examples& g, const Examples& x, int64_t examples, int64_t posit
     const auto same = [](T v) { return v; };
     const int64_t group = group_size<T>(examples, positions);
     const int64_t left_size = positions * round_up(rows, size.nr), right_size = positions * ld;
+    // Few rows of the result meet each entry of x too seldom to pay for packing it: whole panels are then read in
+    // place.
+    const bool few = rows <= size.nr && rows % size.mr == 0 && in_rows<T>(g.matrix) && in_rows<T>(x.matrix);
+    const int64_t unpacked = few ? larger(0, smaller(columns, x.features - col0)) / size.nr * size.nr : 0;
     for (int64_t n = 0; n < examples; n += group) {
       const int64_t members = smaller(group, examples - n);
       for (int64_t e = 0; e < members; ++e) {
-        pack_matrix_panels<T>(example(g, n + e), 0, positions, row0, rows, left + e * left_size, same);
-        pack_with_ones<T>(example(x, n + e), x.features, 0, positions, col0, columns, right + e * right_size, same);
+        const Matrix left_rows = example(g, n + e), right_rows = example(x, n + e);
+        if (unpacked < columns) {
+          pack_matrix_panels<T>(left_rows, 0, positions, row0, rows, left + e * left_size, same);
+          pack_with_ones<T>(right_rows, x.features, 0, positions, col0 + unpacked, columns - unpacked,
+                            right + e * right_size + unpacked * positions, same);
+        }
+        const Rows<T> a{static_cast<const T*>(left_rows.data) + row0, left_rows.row_stride};
+        const Rows<T> b{static_cast<const T*>(right_rows.data) + col0, right_rows.row_stride};
+        for (int64_t j = 0; j < unpacked; j += size.nr) {
+          for (int64_t i = 0; i < rows; i += size.mr) {
+            add_square_of_rows<T>(positions, {a.data + i, a.stride}, {b.data + j, b.stride}, sums + i * ld + j, ld);
+          }
+        }
       }
-      for (int64_t j = 0; j < columns; j += size.nr) {
+      for (int64_t j = unpacked; j < columns; j += size.nr) {
         for (int64_t i = 0; i < rows; i += size.mr) {
           for (int64_t e = 0; e < members; ++e) {
-            add_square(positions, packed_column(left + e * left_size, positions, i),
-                       right + e * right_size + j * positions, sums + i * ld + j, ld);
+            add_square_of_panels(positions, packed_column(left + e * left_size, positions, i),
+                                 right + e * right_size + j * positions, sums + i * ld + j, ld);
           }
         }
       }
