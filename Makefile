@@ -8,11 +8,12 @@ OUT ?= demo-report
 PY := $(VENV)/bin/python
 CXX_SOURCES := $(shell find csrc \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' \))
 
-.PHONY: help demo test test-slow lint format build wheel bench clean
+.PHONY: help demo test test-slow sanitize lint format build wheel bench clean
 help:
 	@echo "make demo       train on digits with SGD and K-FAC, look at both Hessian spectra; report in $(OUT)/report.html"
 	@echo "make test       all tests, under every instruction set this machine has"
 	@echo "make test-slow  the tests marked slow"
+	@echo "make sanitize   the operator tests with address and undefined-behaviour sanitizers, under every instruction set"
 	@echo "make lint       ruff, mypy, clang-format (all checks, no changes);  make format applies them"
 	@echo "make bench      time every operator and whole steps against what you would use instead (see bench/README.md)"
 	@echo "make build      compile and install in place (editable);  make wheel builds dist/*.whl"
@@ -49,6 +50,20 @@ test: build $(VENV)/.oracles
 
 test-slow: build $(VENV)/.oracles
 	$(PYTEST) -m slow tests
+
+# A second build that is never installed: its own folder of objects (only what changed is compiled again) and a folder to import
+# it from. torch and Python are not instrumented: the runtimes have to be there before them, and what Python leaves allocated at
+# exit says nothing about the kernels. Reports go past pytest's capture to the terminal. Tests of tracing call no other kernels.
+SANITIZE := build/sanitize
+sanitize: build
+	CXX=$(CXX) $(PY) -m pip install -q --no-build-isolation --no-deps --upgrade --target $(SANITIZE)/site \
+	  -C build-dir=$(SANITIZE)/objects -C cmake.define.KRONFAC_SANITIZE=ON -C cmake.define.KRONFAC_CUDA=OFF -C install.strip=false .
+	@set -e; for isa in $$($(PY) -c "from kronfac import _host; print(*_host.instruction_sets())"); do \
+	  echo "== sanitizers under KRONFAC_ISA=$$isa"; \
+	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 KRONFAC_ISA=$$isa KRONFAC_EXAMPLES=8 OMP_NUM_THREADS=2 \
+	  OMP_WAIT_POLICY=passive $(PY) tests/sanitized.py $(SANITIZE)/site --capture=sys \
+	  -m "not slow" -k "not opcheck and not compile" tests/ops; done
 
 $(VENV)/.lint: $(VENV)/.tools
 	$(PY) -m pip install -q "ruff==0.17.5" "mypy==2.4.1" "clang-format==23.1.5"
