@@ -1,9 +1,11 @@
-// (F_i + damping_i I)^-1 for a ragged list of symmetric matrices: recursive Cholesky factorisation, inverse of the
-// factor and product of the inverse with its transpose, about n^3 / 6 multiply-adds each, nearly all of them in gemm.
+// (F_i + damping_i I)^-1 for a ragged list of symmetric matrices: in one sweep over blocks of pivots while the matrix
+// stays in cache, otherwise by recursive Cholesky factorisation, inverse of the factor and product of the inverse with
+// its transpose, about n^3 / 6 multiply-adds each, nearly all of them in gemm.
 #include <cstring>
 #include <limits>
 #include <tuple>
 
+#include "cpu/inverse_sweep.h"
 #include "cpu/parallel_gemm.h"
 
 namespace kronfac::cpu {
@@ -22,9 +24,11 @@ constexpr int64_t kSharedOrder = 192;
 // rounding error and costs a few percent. From kLargeOrder on the runs may be longer, since LAPACK's own error has
 // grown by then.
 constexpr int64_t kRun = 64, kLongRun = 192, kLargeOrder = 512;
-// Up to this order a float32 matrix is inverted in double, which is as fast there (the products are too small to profit
-// from more lanes) and leaves only the rounding of input and output.
+// Up to this order a float32 matrix is inverted in double, which costs little there (most of the time is spent on
+// pivots) and leaves only the rounding of input and output.
 constexpr int64_t kDoubleOrder = 128;
+// Up to this order a matrix is swept: every block of pivots reads and writes all of it.
+constexpr int64_t kSweptOrder = 768;
 
 template <class T>
 class Inverter {
@@ -37,23 +41,16 @@ class Inverter {
     return Scratch::rounded(std::max({half * half, n * kLeaf, half * kChunk}) * static_cast<int64_t>(sizeof(T)));
   }
 
-  // Writes the inverse to x and returns info; where info != 0, x is NaN.
+  // Returns info; where it is not 0, x is undefined.
   int32_t run(const T* f, int64_t row_stride, int64_t col_stride, double damping) {
-    const int32_t info = n_ <= kLeaf ? gemm_.kernels().damped_inverse.small(f, row_stride, col_stride, n_, damping, x_)
-                                     : run_blocked(f, row_stride, col_stride, static_cast<T>(damping));
-    if (info != 0) std::fill(x_, x_ + n_ * n_, std::numeric_limits<T>::quiet_NaN());
-    return info;
-  }
-
- private:
-  int32_t run_blocked(const T* f, int64_t row_stride, int64_t col_stride, T damping) {
-    if (!copy_in(f, row_stride, col_stride, damping)) return -1;
+    if (!copy_in(f, row_stride, col_stride, static_cast<T>(damping))) return -1;
     if (const int32_t info = factorize(0, n_)) return info;
     invert_factor(0, n_);
     multiply_factor(0, n_);
     return mirror() ? 0 : -1;
   }
 
+ private:
   T* block(int64_t i, int64_t j) const { return x_ + i * n_ + j; }
   Matrix view(int64_t i, int64_t j) const { return {block(i, j), Kernels<T>::element, n_, 1}; }
   Matrix temporary_view(int64_t columns) const { return {temporary_, Kernels<T>::element, columns, 1}; }
@@ -165,49 +162,57 @@ struct Problem {
 
 // Memory of one worker (and, when a matrix is shared, of each thread's products).
 struct Memory {
-  std::byte *temporary, *gemm, *wide;
+  std::byte *own, *gemm;
   int64_t gemm_bytes;
 };
 
+// The way to one inverse: how much memory of its own it needs, or the result.
 template <class T>
-int32_t invert(const Problem<T>& p, int64_t threads, const Memory& memory) {
-  const ParallelGemm<T> gemm(threads, memory.gemm, memory.gemm_bytes);
-  return Inverter<T>(gemm, p.x, p.n, memory.temporary).run(p.f, p.row_stride, p.col_stride, p.damping);
-}
+class Method {
+ public:
+  int64_t own_bytes(int64_t n) const {
+    if (n <= kLeaf) return 0;
+    if (wide(n)) return wide_.bytes(n);
+    if (n <= kSweptOrder) return sweep_.bytes(n);
+    return Inverter<T>::temporary_bytes(n);
+  }
+  static int64_t gemm_bytes(int64_t n) { return n <= kSweptOrder ? 0 : ParallelGemm<T>::scratch_bytes(n); }
 
-// `wide` holds the matrix and its inverse in double.
-int32_t invert_through_double(const Problem<float>& p, const Memory& memory) {
-  const int64_t n = p.n;
-  double *f = reinterpret_cast<double*>(memory.wide), *x = f + n * n;
-  for (int64_t i = 0; i < n; ++i) {
-    for (int64_t j = 0; j <= i; ++j) f[i * n + j] = static_cast<double>(p.f[i * p.row_stride + j * p.col_stride]);
+  // Returns info; where it is not 0, x is NaN.
+  int32_t run(const Problem<T>& p, int64_t threads, const Memory& memory) const {
+    const int32_t info = invert(p, threads, memory);
+    if (info != 0) std::fill(p.x, p.x + p.n * p.n, std::numeric_limits<T>::quiet_NaN());
+    return info;
   }
-  int32_t info = invert<double>({f, n, n, 1, p.damping, x}, 1, memory);
-  int bad = 0;  // a flag, because the additions of a sum would wait for one another
-  for (int64_t i = 0; i < n * n; ++i) {
-    p.x[i] = static_cast<float>(x[i]);
-    bad |= !(p.x[i] - p.x[i] == 0);
+
+ private:
+  static bool wide(int64_t n) { return sizeof(T) == sizeof(float) && n <= kDoubleOrder; }
+
+  int32_t invert(const Problem<T>& p, int64_t threads, const Memory& memory) const {
+    if (p.n <= kLeaf) return kernels_.damped_inverse.small(p.f, p.row_stride, p.col_stride, p.n, p.damping, p.x);
+    if (wide(p.n)) return wide_.run(p.f, p.row_stride, p.col_stride, p.n, p.damping, p.x, 1, memory.own);
+    if (p.n <= kSweptOrder)
+      return sweep_.run(p.f, p.row_stride, p.col_stride, p.n, p.damping, p.x, threads, memory.own);
+    const ParallelGemm<T> gemm(threads, memory.gemm, memory.gemm_bytes);
+    return Inverter<T>(gemm, p.x, p.n, memory.own).run(p.f, p.row_stride, p.col_stride, p.damping);
   }
-  if (info == 0 && bad != 0) {
-    std::fill(p.x, p.x + n * n, std::numeric_limits<float>::quiet_NaN());
-    info = -1;
-  }
-  return info;
-}
+
+  Kernels<T> kernels_;
+  InverseSweep<T, T> sweep_{*kernels_.damped_inverse.sweep, *kernels_.damped_inverse.sweep_copies};
+  InverseSweep<T, double> wide_{*kernels_.table.damped_inverse_f64->sweep, *kernels_.damped_inverse.wide_sweep_copies};
+};
 
 template <class T>
 void invert_all(const std::vector<Tensor>& factors, const std::vector<double>& damping,
                 const std::vector<Tensor>& inverses, int32_t* info) {
   std::vector<Problem<T>> problems;
   std::vector<double> costs;
-  int64_t largest = 0;
   double remaining = 0;
   for (size_t i = 0; i < factors.size(); ++i) {
     const Tensor& f = factors[i];
     const int64_t n = f.size(0);
     problems.push_back(
         {f.const_data_ptr<T>(), n, f.stride(0), f.stride(1), damping[i], inverses[i].mutable_data_ptr<T>()});
-    largest = std::max(largest, n);
     costs.push_back(static_cast<double>(n) * static_cast<double>(n) * static_cast<double>(n));
     remaining += costs.back();
   }
@@ -221,26 +226,20 @@ void invert_all(const std::vector<Tensor>& factors, const std::vector<double>& d
     remaining -= costs[static_cast<size_t>(order[shared++])];
   }
 
-  const int64_t narrow = std::min(largest, kDoubleOrder);
-  const int64_t temporary_bytes =
-      std::max(Inverter<T>::temporary_bytes(largest), Inverter<double>::temporary_bytes(narrow));
-  const int64_t gemm_bytes =
-      std::max(ParallelGemm<T>::scratch_bytes(largest), ParallelGemm<double>::scratch_bytes(narrow));
-  const int64_t wide_bytes = 2 * narrow * narrow * static_cast<int64_t>(sizeof(double));
+  const Method<T> method;
+  int64_t own_bytes = 0, gemm_bytes = 0;
+  for (const Problem<T>& p : problems) {
+    own_bytes = std::max(own_bytes, method.own_bytes(p.n));
+    gemm_bytes = std::max(gemm_bytes, method.gemm_bytes(p.n));
+  }
   const int64_t workers = std::max<int64_t>(1, std::min(threads, static_cast<int64_t>(order.size() - shared)));
-  const Scratch temporary(temporary_bytes * workers), gemm(gemm_bytes * threads), wide(wide_bytes * workers);
+  const Scratch own(own_bytes * workers), gemm(gemm_bytes * threads);
 
   const auto run = [&](int64_t i, int64_t worker, int64_t inner_threads) {
     const size_t at = static_cast<size_t>(i);
-    const Memory memory{temporary.at<std::byte>(worker * temporary_bytes), gemm.at<std::byte>(worker * gemm_bytes),
-                        wide.at<std::byte>(worker * wide_bytes), gemm_bytes};
-    if constexpr (sizeof(T) == sizeof(float)) {
-      if (problems[at].n > kLeaf && problems[at].n <= kDoubleOrder) {
-        info[at] = invert_through_double(problems[at], memory);
-        return;
-      }
-    }
-    info[at] = invert(problems[at], inner_threads, memory);
+    info[at] = method.run(
+        problems[at], inner_threads,
+        {own.template at<std::byte>(worker * own_bytes), gemm.template at<std::byte>(worker * gemm_bytes), gemm_bytes});
   };
   for (size_t s = 0; s < shared; ++s) run(order[s], 0, threads);
   order.erase(order.begin(), order.begin() + static_cast<std::ptrdiff_t>(shared));

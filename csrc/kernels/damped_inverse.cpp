@@ -1,31 +1,13 @@
 #include "kernels/damped_inverse.h"
 
 #include "kernels/gemm_pack.h"
+#include "kernels/pivot_block.h"
 
 namespace kronfac::kernels::KRONFAC_ISA {
 namespace {
 
-constexpr int64_t kLeaf = kCholeskyLeaf;
 // Tiles of the transposing copies: 16 x 16 floats are 16 cache lines on either side.
 constexpr int64_t kTile = 16;
-// Rows of a leaf that are eliminated together, so that one load of an earlier row serves all of them.
-constexpr int64_t kRows = 4;
-
-// x - x is 0 for every finite x and NaN otherwise. As flags rather than a sum, whose additions would wait for one
-// another.
-template <class T>
-static inline int not_finite(T x) {
-  return !(x - x == T(0));
-}
-
-// The same for many vectors: lanes of the sum of such differences are 0 exactly when all were finite.
-template <class T>
-static inline bool all_zero(Vector<T> defect) {
-  int bad = 0;
-  for (int64_t i = 0; i < kLanes<T>; ++i) bad |= !(defect[i] == T(0));
-  return bad == 0;
-}
-
 template <class T>
 bool copy_in(const T* f, int64_t row_stride, int64_t col_stride, int64_t n, T damping, int64_t row0, int64_t row1,
              T* x) {
@@ -70,78 +52,6 @@ bool copy_in(const T* f, int64_t row_stride, int64_t col_stride, int64_t n, T da
     }
   }
   return bad == 0 && all_zero<T>(defect);
-}
-
-// Inside a leaf everything is double, whatever the matrix is: at a condition of 1e4 the rounding of the pivots is what
-// a float32 inverse loses most of its digits to, and a leaf is a small part of the work.
-using Real = double;
-
-// target[first + r, from:to] -= sum over k < first of scale[k, first + r] * rows[k, from:to], r < kRows. All are
-// (kLeaf, kLeaf) row-major; from and to are rounded outwards to whole vectors, which stay inside a row of kLeaf
-// entries.
-static inline void eliminate(const Real* scale, const Real* rows, Real* target, int64_t first, int64_t from,
-                             int64_t to) {
-  constexpr int64_t lanes = kLanes<Real>;
-  for (int64_t j = from / lanes * lanes; j < to; j += lanes) {
-    Vector<Real> sum[kRows];
-    for (int r = 0; r < kRows; ++r) sum[r] = load(target + (first + r) * kLeaf + j);
-    for (int64_t k = 0; k < first; ++k) {
-      const Vector<Real> row = load(rows + k * kLeaf + j);
-      for (int r = 0; r < kRows; ++r) sum[r] -= scale[k * kLeaf + first + r] * row;
-    }
-    for (int r = 0; r < kRows; ++r) store(target + (first + r) * kLeaf + j, sum[r]);
-  }
-}
-
-static inline void axpy(Real* target, Real scale, const Real* row, int64_t from, int64_t to) {
-  constexpr int64_t lanes = kLanes<Real>;
-  for (int64_t j = from / lanes * lanes; j < to; j += lanes)
-    store(target + j, load(target + j) - scale * load(row + j));
-}
-
-static inline void multiply(Real* target, Real scale, int64_t from, int64_t to) {
-  constexpr int64_t lanes = kLanes<Real>;
-  for (int64_t j = from / lanes * lanes; j < to; j += lanes) store(target + j, scale * load(target + j));
-}
-
-// w := L^-1 (lower triangle, zeros above) of the matrix whose lower triangle is in u (transposed: u[j, i] for i >= j).
-// Both have kLeaf columns and `padded` rows, a multiple of kRows. Returns 0 or the order of the first bad leading
-// minor.
-int32_t invert_root(Real* u, Real* w, int64_t padded) {
-  alignas(64) Real inverse_pivot[kLeaf];
-  for (int64_t first = 0; first < padded; first += kRows) {
-    eliminate(u, u, u, first, first, padded);
-    for (int64_t i = first; i < first + kRows; ++i) {
-      Real* row = u + i * kLeaf;
-      for (int64_t k = first; k < i; ++k) axpy(row, u[k * kLeaf + i], u + k * kLeaf, i, padded);
-      const Real pivot = row[i];
-      if (!(pivot > 0) || !(pivot - pivot == 0)) return static_cast<int32_t>(i + 1);
-      inverse_pivot[i] = 1 / __builtin_sqrt(pivot);
-      multiply(row, inverse_pivot[i], i, padded);
-    }
-  }
-  // Row i of L^-1 is (e_i - sum_{k<i} L[i, k] (row k of L^-1)) / L[i, i], and L[i, k] = u[k, i].
-  for (int64_t i = 0; i < padded; ++i) {
-    for (int64_t j = 0; j < kLeaf; ++j) w[i * kLeaf + j] = j == i;
-  }
-  for (int64_t first = 0; first < padded; first += kRows) {
-    eliminate(u, w, w, first, 0, first);
-    for (int64_t i = first; i < first + kRows; ++i) {
-      Real* row = w + i * kLeaf;
-      for (int64_t k = first; k < i; ++k) axpy(row, u[k * kLeaf + i], w + k * kLeaf, 0, k + 1);
-      multiply(row, inverse_pivot[i], 0, i + 1);
-    }
-  }
-  return 0;
-}
-
-// Rows of u past the matrix are those of the identity, so that groups of kRows rows need no remainder.
-static inline int64_t pad(Real* u, int64_t n) {
-  const int64_t padded = (n + kRows - 1) / kRows * kRows;
-  for (int64_t i = 0; i < padded; ++i) {
-    for (int64_t j = 0; j < kLeaf; ++j) u[i * kLeaf + j] = i >= n && j == i;
-  }
-  return padded;
 }
 
 template <class T>
@@ -235,9 +145,19 @@ bool mirror(T* x, int64_t n, int64_t row0, int64_t row1) {
 
 }  // namespace
 
-const DampedInverseKernels<float> damped_inverse_f32{
-    .copy_in = copy_in<float>, .leaf = leaf<float>, .small = small<float>, .mirror = mirror<float>};
-const DampedInverseKernels<double> damped_inverse_f64{
-    .copy_in = copy_in<double>, .leaf = leaf<double>, .small = small<double>, .mirror = mirror<double>};
+const DampedInverseKernels<float> damped_inverse_f32{.copy_in = copy_in<float>,
+                                                     .leaf = leaf<float>,
+                                                     .small = small<float>,
+                                                     .mirror = mirror<float>,
+                                                     .sweep = &sweep_f32,
+                                                     .sweep_copies = &sweep_copies_f32,
+                                                     .wide_sweep_copies = &sweep_copies_f32_in_f64};
+const DampedInverseKernels<double> damped_inverse_f64{.copy_in = copy_in<double>,
+                                                      .leaf = leaf<double>,
+                                                      .small = small<double>,
+                                                      .mirror = mirror<double>,
+                                                      .sweep = &sweep_f64,
+                                                      .sweep_copies = &sweep_copies_f64,
+                                                      .wide_sweep_copies = &sweep_copies_f64};
 
 }  // namespace kronfac::kernels::KRONFAC_ISA

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "kernels/inverse_sweep.h"
+
 namespace kronfac::kernels {
 
 // Order of the largest diagonal block. 64 x 64 floats and their transpose (32 KiB) stay in L1 or close to it, and 64 is
@@ -27,6 +29,10 @@ struct DampedInverseKernels {
   // Strict upper triangle of x (n, n, contiguous) := its lower triangle, for columns of the upper part row0 <= i < row1
   // (that is: the rows that are read). False when an entry of these rows is not finite.
   bool (*mirror)(T* x, int64_t n, int64_t row0, int64_t row1);
+  // Another algorithm for the same, in T and, for matrices of type T, in double.
+  const SweepKernels<T>* sweep;
+  const SweepCopies<T, T>* sweep_copies;
+  const SweepCopies<T, double>* wide_sweep_copies;
 };
 
 #ifdef KRONFAC_ISA
