@@ -1,6 +1,7 @@
-// Eigendecompositions of F_i + damping_i I for a ragged list, through torch's own LAPACK, or by refining a basis that
-// is given.
+// Eigendecompositions of F_i + damping_i I for a ragged list: several small matrices of one order in the lanes of a
+// vector, larger ones through torch's own LAPACK or by refining a basis that is given.
 #include <array>
+#include <cmath>
 #include <limits>
 #include <map>
 #include <optional>
@@ -8,6 +9,7 @@
 #include <tuple>
 
 #include "cpu/refine_eigenbasis.h"
+#include "kernels/batch_eigh.h"
 
 namespace kronfac::cpu {
 namespace {
@@ -32,7 +34,6 @@ bool lower_is_finite(const T* f, int64_t n, int64_t row_stride, int64_t col_stri
 constexpr int64_t kRefineOrder = 128;
 
 struct Problem {
-  Tensor matrix;  // a plain view of the factor: worker threads have no grad mode of their caller
   int64_t n, row_stride, col_stride;
   const void* data;
   double damping;
@@ -52,10 +53,26 @@ struct Workspace {
   int64_t gemm_bytes = 0;
 };
 
+// One call of the C interface: torch::stable::empty goes through the dispatcher, which is most of the time of a tiny
+// matrix.
+template <size_t dimensions>
+Tensor empty_strided(const std::array<int64_t, dimensions>& sizes, const std::array<int64_t, dimensions>& strides,
+                     ScalarType type) {
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dimensions, sizes.data(), strides.data(),
+                               type == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(),
+                               aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+Tensor empty_vector(int64_t n, ScalarType type) {
+  return empty_strided(std::array<int64_t, 1>{n}, std::array<int64_t, 1>{1}, type);
+}
+
 // Eigenvectors are column-major, as LAPACK leaves them.
 Tensor empty_columns(int64_t n, ScalarType type) {
-  Tensor storage = torch::stable::empty({n, n}, type);
-  return torch::stable::transpose(storage, 0, 1);
+  return empty_strided(std::array<int64_t, 2>{n, n}, std::array<int64_t, 2>{1, std::max<int64_t>(n, 1)}, type);
 }
 
 // Calls aten::linalg_eigh; false when it failed. Never throws: it runs inside parallel regions.
@@ -67,6 +84,18 @@ bool solve(const Tensor& matrix, Tensor& values, Tensor& vectors) noexcept {
     values = detail::to<Tensor>(stack[0]);
     vectors = detail::to<Tensor>(stack[1]);
     return true;
+  } catch (...) {
+    return false;
+  }
+}
+
+// The same for one problem, through a plain view of the factor: worker threads have no grad mode of their caller.
+bool solve(const Problem& p, ScalarType type, Solution& solution) noexcept {
+  try {
+    const std::array<int64_t, 2> sizes{p.n, p.n}, strides{p.row_stride, p.col_stride};
+    const Tensor view = torch::stable::from_blob(const_cast<void*>(p.data), sizes, strides,
+                                                 torch::stable::Device(torch::headeronly::DeviceType::CPU), type);
+    return solve(view, solution.values, solution.vectors);
   } catch (...) {
     return false;
   }
@@ -85,7 +114,8 @@ int32_t shift_values(const T* from, int64_t n, double damping, T* values) {
 }
 
 template <class T>
-void diagonalize(const Problem& problem, Solution& solution, int64_t threads, const Workspace& workspace) {
+void diagonalize(const Problem& problem, ScalarType type, Solution& solution, int64_t threads,
+                 const Workspace& workspace) {
   const int64_t n = problem.n;
   const T* f = static_cast<const T*>(problem.data);
   bool solved = false;
@@ -100,7 +130,7 @@ void diagonalize(const Problem& problem, Solution& solution, int64_t threads, co
     solution.info = -1;
     return;
   }
-  if (!solved && !solve(problem.matrix, solution.values, solution.vectors)) {
+  if (!solved && !solve(problem, type, solution)) {
     solution.info = 1;
     return;
   }
@@ -159,24 +189,71 @@ bool diagonalize_batch(const std::vector<Problem>& problems, const std::vector<i
   }
 }
 
-// Lists of matrices that one task solves: single ones, or up to an even share of those of one small order.
-std::vector<std::vector<int64_t>> batches(const std::vector<Problem>& problems, int64_t threads) {
+// Several matrices of one order, at most one for each lane, whose solutions are allocated; those that did not converge
+// are left to LAPACK.
+template <class T>
+void diagonalize_lanes(const std::vector<Problem>& problems, const std::vector<int64_t>& members,
+                       std::vector<Solution>& solutions, ScalarType type, std::byte* scratch) {
+  std::array<kernels::BatchProblem<T>, kernels::kBatchLanes> lanes;
+  std::array<size_t, kernels::kBatchLanes> numbers{};
+  int64_t count = 0, n = 0;
+  for (const int64_t member : members) {
+    const size_t at = static_cast<size_t>(member);
+    const Problem& p = problems[at];
+    const T* f = static_cast<const T*>(p.data);
+    n = p.n;
+    solutions[at].info = lower_is_finite(f, n, p.row_stride, p.col_stride) ? 0 : -1;
+    if (solutions[at].info != 0) continue;
+    numbers[static_cast<size_t>(count)] = at;
+    lanes[static_cast<size_t>(count++)] = {f, p.row_stride, p.col_stride,
+                                           static_cast<T*>(solutions[at].values.mutable_data_ptr()),
+                                           static_cast<T*>(solutions[at].vectors.mutable_data_ptr())};
+  }
+  if (count == 0) return;
+  const uint32_t failed = Kernels<T>().batch_eigh.solve(lanes.data(), count, n, scratch);
+  for (int64_t lane = 0; lane < count; ++lane) {
+    const size_t at = numbers[static_cast<size_t>(lane)];
+    if ((failed >> lane & 1u) != 0) {
+      diagonalize<T>(problems[at], type, solutions[at], 1, {});
+      continue;
+    }
+    T* values = lanes[static_cast<size_t>(lane)].values;
+    solutions[at].info = shift_values(values, n, problems[at].damping, values);
+  }
+}
+
+// Matrices that one task solves, all of one order when there are several.
+struct Task {
+  std::vector<int64_t> members;
+  bool in_lanes;
+};
+
+// As many matrices to a task as there are lanes, where a vector solver pays; of what is left, up to an even share of
+// those of one order.
+std::vector<Task> share_out(const std::vector<Problem>& problems, int64_t threads, int64_t lanes, int64_t largest) {
   constexpr int64_t kBatchesPerThread = 2;  // a second one to balance threads that are not equally fast
   std::map<int64_t, std::vector<int64_t>> by_order;
-  std::vector<std::vector<int64_t>> result;
+  std::vector<Task> result;
   for (size_t i = 0; i < problems.size(); ++i) {
     if (problems[i].n == 0) continue;
     if (problems[i].warm || problems[i].n > kBatchOrder) {
-      result.push_back({static_cast<int64_t>(i)});
+      result.push_back({{static_cast<int64_t>(i)}, false});
     } else {
       by_order[problems[i].n].push_back(static_cast<int64_t>(i));
     }
   }
   for (const auto& [n, members] : by_order) {
-    const int64_t count = static_cast<int64_t>(members.size()),
-                  parts = std::min(count, threads == 1 ? 1 : threads * kBatchesPerThread);
+    auto next = members.begin();
+    // A vector costs the same however few of its lanes are used, and at the largest order it takes all of them to pay.
+    while (next != members.end()) {
+      const int64_t count = std::min<int64_t>(lanes, members.end() - next);
+      if (count * largest < n * lanes) break;
+      result.push_back({{next, next + count}, true});
+      next += count;
+    }
+    const int64_t count = members.end() - next, parts = std::min(count, threads == 1 ? 1 : threads * kBatchesPerThread);
     for (int64_t part = 0; part < parts; ++part) {
-      result.emplace_back(members.begin() + part * count / parts, members.begin() + (part + 1) * count / parts);
+      result.push_back({{next + part * count / parts, next + (part + 1) * count / parts}, false});
     }
   }
   return result;
@@ -184,7 +261,7 @@ std::vector<std::vector<int64_t>> batches(const std::vector<Problem>& problems, 
 
 // Outputs of a matrix without a decomposition.
 void fill_with_nan(Solution& solution, int64_t n, ScalarType type) {
-  solution.values = torch::stable::empty({n}, type);
+  solution.values = empty_vector(n, type);
   solution.vectors = empty_columns(n, type);
   torch::stable::fill_(solution.values, std::numeric_limits<double>::quiet_NaN());
   torch::stable::fill_(solution.vectors, std::numeric_limits<double>::quiet_NaN());
@@ -223,34 +300,47 @@ Result damped_eigh(std::vector<Tensor> factors, Tensor damping, std::optional<st
   for (size_t i = 0; i < factors.size(); ++i) {
     const Tensor& f = factors[i];
     const int64_t n = f.size(0);
-    const std::array<int64_t, 2> sizes{n, n}, strides{f.stride(0), f.stride(1)};
-    const Tensor view =
-        torch::stable::from_blob(const_cast<void*>(f.const_data_ptr()), sizes, strides, f.device(), type);
-    problems.push_back({view, n, f.stride(0), f.stride(1), f.const_data_ptr(), shifts[i]});
+    problems.push_back({n, f.stride(0), f.stride(1), f.const_data_ptr(), shifts[i]});
     if (basis && n >= kRefineOrder) {
       problems.back().warm = true;
       problems.back().basis = matrix_of((*basis)[i]);
       largest_warm = std::max(largest_warm, n);
     }
-    if (n <= kBatchOrder || problems.back().warm)
-      solutions[i] = {torch::stable::empty({n}, type), empty_columns(n, type)};
+    if (n <= kBatchOrder || problems.back().warm) solutions[i] = {empty_vector(n, type), empty_columns(n, type)};
   }
-  const std::vector<std::vector<int64_t>> tasks = batches(problems, threads);
-  for (const std::vector<int64_t>& task : tasks) {
-    const double n = static_cast<double>(problems[static_cast<size_t>(task[0])].n);
-    costs.push_back(n * n * n * static_cast<double>(task.size()));
+  const bool wide = type == ScalarType::Double;
+  const kernels::BatchEighKernels<float>& narrow_lanes = Kernels<float>().batch_eigh;
+  const kernels::BatchEighKernels<double>& wide_lanes = Kernels<double>().batch_eigh;
+  const std::vector<Task> tasks = share_out(problems, threads, wide ? wide_lanes.lanes : narrow_lanes.lanes,
+                                            wide ? wide_lanes.largest_order : narrow_lanes.largest_order);
+  int64_t lanes_bytes = 0;
+  for (const Task& task : tasks) {
+    const int64_t n = problems[static_cast<size_t>(task.members[0])].n;
+    costs.push_back(std::pow(static_cast<double>(n), 3) * static_cast<double>(task.members.size()));
     remaining += costs.back();
+    if (task.in_lanes) {
+      lanes_bytes =
+          std::max(lanes_bytes, Scratch::rounded(wide ? wide_lanes.scratch_bytes(n) : narrow_lanes.scratch_bytes(n)));
+    }
   }
 
-  const bool wide = type == ScalarType::Double;
   const int64_t refinement_bytes = wide ? EigenbasisRefinement<double>::workspace_bytes(largest_warm)
                                         : EigenbasisRefinement<float>::workspace_bytes(largest_warm);
   const int64_t gemm_bytes =
       wide ? ParallelGemm<double>::scratch_bytes(largest_warm) : ParallelGemm<float>::scratch_bytes(largest_warm);
   const int64_t workers = std::max<int64_t>(1, std::min(threads, static_cast<int64_t>(tasks.size())));
-  const Scratch refinement(refinement_bytes * workers), gemm(gemm_bytes * threads);
+  const Scratch refinement(refinement_bytes * workers), gemm(gemm_bytes * threads), lanes(lanes_bytes * workers);
   const auto run = [&](int64_t task, int64_t worker, int64_t inner_threads) {
-    const std::vector<int64_t>& members = tasks[static_cast<size_t>(task)];
+    const std::vector<int64_t>& members = tasks[static_cast<size_t>(task)].members;
+    if (tasks[static_cast<size_t>(task)].in_lanes) {
+      std::byte* scratch = lanes.at<std::byte>(worker * lanes_bytes);
+      if (wide) {
+        diagonalize_lanes<double>(problems, members, solutions, type, scratch);
+      } else {
+        diagonalize_lanes<float>(problems, members, solutions, type, scratch);
+      }
+      return;
+    }
     if (members.size() > 1 && (wide ? diagonalize_batch<double>(problems, members, solutions, type)
                                     : diagonalize_batch<float>(problems, members, solutions, type))) {
       return;
@@ -261,16 +351,16 @@ Result damped_eigh(std::vector<Tensor> factors, Tensor damping, std::optional<st
       const size_t at = static_cast<size_t>(i);
       solutions[at].info = 0;
       if (wide) {
-        diagonalize<double>(problems[at], solutions[at], inner_threads, workspace);
+        diagonalize<double>(problems[at], type, solutions[at], inner_threads, workspace);
       } else {
-        diagonalize<float>(problems[at], solutions[at], inner_threads, workspace);
+        diagonalize<float>(problems[at], type, solutions[at], inner_threads, workspace);
       }
     }
   };
   // A matrix with more than an even share of the work runs alone, with LAPACK's own threads; the rest side by side.
   std::vector<int64_t> order = largest_first(costs);
   size_t alone = 0;
-  while (threads > 1 && alone < order.size() && tasks[static_cast<size_t>(order[alone])].size() == 1 &&
+  while (threads > 1 && alone < order.size() && tasks[static_cast<size_t>(order[alone])].members.size() == 1 &&
          costs[static_cast<size_t>(order[alone])] * static_cast<double>(threads) > remaining) {
     remaining -= costs[static_cast<size_t>(order[alone])];
     run(order[alone++], 0, threads);

@@ -30,6 +30,7 @@ struct Kernels<float> {
   const kernels::CovarianceFlat<float>& covariance_flat = *table.covariance_flat_f32;
   const kernels::SecondMomentKernels<float>& second_moment = *table.second_moment_f32;
   const kernels::DampedInverseKernels<float>& damped_inverse = *table.damped_inverse_f32;
+  const kernels::BatchEighKernels<float>& batch_eigh = *table.batch_eigh_f32;
   const kernels::PreconditionKernels<float>& precondition = *table.precondition_f32;
   const kernels::OrthogonalizeKernels<float>& orthogonalize = *table.orthogonalize_f32;
 };
@@ -47,6 +48,7 @@ struct Kernels<double> {
   const kernels::CovarianceFlat<double>& covariance_flat = *table.covariance_flat_f64;
   const kernels::SecondMomentKernels<double>& second_moment = *table.second_moment_f64;
   const kernels::DampedInverseKernels<double>& damped_inverse = *table.damped_inverse_f64;
+  const kernels::BatchEighKernels<double>& batch_eigh = *table.batch_eigh_f64;
   const kernels::PreconditionKernels<double>& precondition = *table.precondition_f64;
   const kernels::OrthogonalizeKernels<double>& orthogonalize = *table.orthogonalize_f64;
 };

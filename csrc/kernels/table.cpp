@@ -31,6 +31,8 @@ const Table table{
     .second_moment_f64 = &KRONFAC_ISA::second_moment_f64,
     .damped_inverse_f32 = &KRONFAC_ISA::damped_inverse_f32,
     .damped_inverse_f64 = &KRONFAC_ISA::damped_inverse_f64,
+    .batch_eigh_f32 = &KRONFAC_ISA::batch_eigh_f32,
+    .batch_eigh_f64 = &KRONFAC_ISA::batch_eigh_f64,
     .precondition_f32 = &KRONFAC_ISA::precondition_f32,
     .precondition_f64 = &KRONFAC_ISA::precondition_f64,
     .orthogonalize_f32 = &KRONFAC_ISA::orthogonalize_f32,

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "kernels/batch_eigh.h"
 #include "kernels/blocks.h"
 #include "kernels/conv_covariance.h"
 #include "kernels/conv_covariance_shift.h"
@@ -45,6 +46,8 @@ struct Table {
 
   const DampedInverseKernels<float>* damped_inverse_f32;
   const DampedInverseKernels<double>* damped_inverse_f64;
+  const BatchEighKernels<float>* batch_eigh_f32;
+  const BatchEighKernels<double>* batch_eigh_f64;
   const PreconditionKernels<float>* precondition_f32;
   const PreconditionKernels<double>* precondition_f64;
   const OrthogonalizeKernels<float>* orthogonalize_f32;
