@@ -43,6 +43,12 @@ constexpr int64_t strip_bytes(int64_t terms, int parts) {
   return (terms + kStepTerms - 1) / kStepTerms * parts * kTileBytes;
 }
 
+// Everything stored through `data` or before is in memory after this. GCC does not know that the instructions for tiles
+// read memory, and may move stores past them.
+static inline __attribute__((always_inline)) void complete(const void* data) {
+  __asm__ volatile("" : : "r"(data) : "memory");
+}
+
 // Tiles are 16 rows of 64 bytes while one of these lives. Other code in the thread configures them for itself, and an
 // idle configuration would make every context switch save them.
 class Tiles {
@@ -54,6 +60,7 @@ class Tiles {
       config.row_bytes[i] = 64;
       config.rows[i] = 16;
     }
+    complete(&config);
     _tile_loadconfig(&config);
   }
   ~Tiles() { _tile_release(); }
@@ -222,6 +229,8 @@ struct Strips {
 template <int parts, int rows, int columns>
 static inline void strip_product(int64_t steps, const Strips& left, const Strips& right, float* block) {
   constexpr int64_t size = parts * kTileBytes;
+  complete(left.data);
+  complete(right.data);
   _tile_zero(0);
   if constexpr (columns > 1) _tile_zero(1);
   if constexpr (rows > 1) _tile_zero(2);
