@@ -40,12 +40,13 @@ int64_t reach(int64_t columns) {
   return round_up(columns, lanes > mr ? lanes : mr);
 }
 
-// The triangle of one run of rows, every entry of which can be read up to its reach.
+// Rows [row0, columns) of the triangle over one run, every entry of which can be read up to its reach. `sum` is where
+// row 0 would be.
 template <class T>
-void add_run(const Rows<T>& rows, int64_t nk, int64_t columns, bool first, T* sum, int64_t ld) {
+void add_run(const Rows<T>& rows, int64_t nk, int64_t row0, int64_t columns, bool first, T* sum, int64_t ld) {
   constexpr int64_t lanes = kLanes<T>;
   constexpr int mr = blocks_of<T>().mr, across = kPanelVectors<T>;
-  for (int64_t i = 0; i < columns;) {
+  for (int64_t i = row0; i < columns;) {
     // Two blocks of rows that need no more than one vector are formed at once: one block's sums alone are too few to
     // hide the latency of the additions.
     if (i + mr < columns && i + 2 * mr <= lanes) {
@@ -123,12 +124,14 @@ void update_narrow(const CovarianceInput& input, int64_t k0, int64_t k1, int64_t
       } else {
         pack_rows<T>(input, columns, k, nk, width, packed);
       }
-      add_run<T>(rows, nk, columns, k == start, to, to_ld);
+      add_run<T>(rows, nk, row0, columns, k == start, to - row0 * to_ld, to_ld);
       k += nk;
     }
     if (to == sum) continue;
-    for (int64_t i = 0; i < columns; ++i) {
-      for (int64_t j = 0; j <= i; ++j) sum[i * ld + j] += run_sum[i * to_ld + j];
+    for (int64_t i = row0; i < columns; ++i) {
+      T* total = sum + (i - row0) * ld;
+      const T* part = run_sum + (i - row0) * to_ld;
+      for (int64_t j = 0; j <= i; ++j) total[j] += part[j];
     }
   }
 }

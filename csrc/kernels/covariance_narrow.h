@@ -13,7 +13,7 @@ inline constexpr int64_t kNarrowColumns = 64;
 
 #ifdef KRONFAC_ISA
 namespace KRONFAC_ISA {
-// For row0 == 0 and row1 <= kNarrowColumns; scratch as for any update.
+// For row1 <= kNarrowColumns; scratch as for any update.
 void covariance_narrow_f32(const CovarianceInput& input, int64_t k0, int64_t k1, int64_t row0, int64_t row1, float* sum,
                            int64_t ld, void* scratch);
 void covariance_narrow_f64(const CovarianceInput& input, int64_t k0, int64_t k1, int64_t row0, int64_t row1,

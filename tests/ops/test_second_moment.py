@@ -175,3 +175,16 @@ def test_compiles() -> None:
         result = step(out, g, x)
         torch.testing.assert_close(out, expected)
         torch.testing.assert_close(result, expected.sqrt())
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "offset", "transposed"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("o", "d"), [(8, 48), (16, 144), (16, 27), (24, 95), (4, 50), (13, 96), (48, 97)])
+@pytest.mark.parametrize("t", [2, 511, 512, 513, 1100])
+def test_few_outputs_over_many_positions(t: int, o: int, d: int, bias: bool, layout: str) -> None:
+    """Rows of the inputs are read in place, as far as whole panels go; what lies between them is not touched."""
+    g, x = arrange(torch.randn(3, t, o), layout), arrange(torch.randn(3, t, d), layout)
+    out, expected = poisoned((o, d + bias), torch.float32), torch.empty(o, d + bias, dtype=torch.float64)
+    second_moment_(out, g, x, bias, 0.0, 0.5)
+    naive.second_moment_(expected, g.double(), x.double(), bias, 0.0, 0.5)
+    assert bounded_error(out, expected, g, x, bias, 0.5) <= 1e-5
