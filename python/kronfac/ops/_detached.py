@@ -48,4 +48,11 @@ def tracing() -> bool:
 
 def wants_graph(*lists: Sequence[Tensor]) -> bool:
     """Whether a call with these tensors must go through the operator itself."""
-    return tracing() or (torch.is_grad_enabled() and any(tensor.requires_grad for item in lists for tensor in item))
+    if tracing():
+        return True
+    if torch.is_grad_enabled():
+        for item in lists:
+            for tensor in item:
+                if tensor.requires_grad:
+                    return True
+    return False
