@@ -12,6 +12,8 @@ void check_input(const char* op, const Tensor& x, double scale) {
 
 // Packed panels of a flat matrix take this much at most: what several cores share of a cache, and Scratch keeps.
 constexpr int64_t kFlatBytes = int64_t{8} << 20;
+// Fewer entries are packed by one thread: waiting for others to wake would take longer.
+constexpr int64_t kPackedAlone = int64_t{1} << 18;
 // A thread gets this many multiply-adds at least: waking it takes as long as some hundred thousand of them.
 constexpr double kLeastWork = 5e5;
 
@@ -24,18 +26,23 @@ void flat_covariance(const SymmetricOutput& out, const kernels::CovarianceInput&
   const Scratch scratch(flat.packed(m, out.d) * static_cast<int64_t>(sizeof(T)));
   T* panels = scratch.at<T>();
   T* data = out.tensor.mutable_data_ptr<T>();
+  const int64_t packers = threads == 1 || m * out.d < kPackedAlone ? 1 : threads,
+                columns = (out.d / packers + nr) / nr * nr;
+  const auto pack = [&](int64_t part) {
+    const int64_t lo = std::min(out.d, part * columns), hi = std::min(out.d, lo + columns);
+    if (lo < hi) flat.pack(input, m, out.d, lo, hi, panels);
+  };
+  if (packers == 1) {
+    pack(0);
+  } else {
+    torch::stable::parallel_for(0, packers, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t part = begin; part < end; ++part) pack(part);
+    });
+  }
   if (threads == 1) {
-    flat.pack(input, m, out.d, 0, out.d, panels);
     flat.rows(panels, m, out.d, 0, out.d, decay, scale, data, out.row_stride, out.col_stride);
     return;
   }
-  const int64_t columns = (out.d / threads + nr) / nr * nr;
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t part = begin; part < end; ++part) {
-      const int64_t lo = std::min(out.d, part * columns), hi = std::min(out.d, lo + columns);
-      if (lo < hi) flat.pack(input, m, out.d, lo, hi, panels);
-    }
-  });
   const std::vector<int64_t> bounds = symmetric::panels(out.d, threads, nr);
   torch::stable::parallel_for(0, static_cast<int64_t>(bounds.size()) - 1, 1, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
