@@ -61,8 +61,9 @@ void covariance_into(const Tensor& out, const Tensor& x, double decay, double sc
   const double work = static_cast<double>(m) * static_cast<double>(d) * static_cast<double>(d + 1) / 2;
   const int64_t threads = work < 2 * kLeastWork ? 1 : std::min(static_cast<int64_t>(work / kLeastWork), thread_count());
   const bool narrow = d <= kernels::kNarrowColumns;
-  if (!narrow && m > 0 && m <= kernels.covariance_flat.most_rows &&
-      kernels.covariance_flat.packed(m, d) <= kFlatBytes / static_cast<int64_t>(sizeof(T))) {
+  const auto& flat = kernels.covariance_flat;
+  const int64_t most_rows = input.x.type == kernels::Element::bf16 ? flat.most_bfloat_rows : flat.most_rows;
+  if (!narrow && m > 0 && m <= most_rows && flat.packed(m, d) <= kFlatBytes / static_cast<int64_t>(sizeof(T))) {
     return flat_covariance<T>(target, input, m, static_cast<T>(decay), static_cast<T>(scale), threads);
   }
   const kernels::CovarianceUpdate<T> update = narrow ? kernels.covariance_narrow : kernels.covariance;

@@ -75,12 +75,24 @@ void rows(const T* panels, int64_t nk, int64_t d, int64_t row0, int64_t row1, T 
 
 // Above this the sums of a panel of rows cost less to write and read again than the work that the result is held up by.
 constexpr int64_t kMostRows = 512;
+// Matrix units (symmetric_split.h) make up for that pass earlier.
+#if defined(__AMX_BF16__)
+constexpr int64_t kMostFloatRows = 384, kMostBfloatRows = 192;
+#else
+constexpr int64_t kMostFloatRows = kMostRows, kMostBfloatRows = kMostRows;
+#endif
 
 }  // namespace
 
-const CovarianceFlat<float> covariance_flat_f32{
-    .most_rows = kMostRows, .packed = packed<float>, .pack = pack<float>, .rows = rows<float>};
-const CovarianceFlat<double> covariance_flat_f64{
-    .most_rows = kMostRows, .packed = packed<double>, .pack = pack<double>, .rows = rows<double>};
+const CovarianceFlat<float> covariance_flat_f32{.most_rows = kMostFloatRows,
+                                                .most_bfloat_rows = kMostBfloatRows,
+                                                .packed = packed<float>,
+                                                .pack = pack<float>,
+                                                .rows = rows<float>};
+const CovarianceFlat<double> covariance_flat_f64{.most_rows = kMostRows,
+                                                 .most_bfloat_rows = kMostRows,
+                                                 .packed = packed<double>,
+                                                 .pack = pack<double>,
+                                                 .rows = rows<double>};
 
 }  // namespace kronfac::kernels::KRONFAC_ISA

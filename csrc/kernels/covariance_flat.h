@@ -10,8 +10,8 @@ namespace kronfac::kernels {
 
 template <class T>
 struct CovarianceFlat {
-  // Rows at most; at least one.
-  int64_t most_rows;
+  // Rows at most, at least one; fewer of bfloat16 where matrix units take these.
+  int64_t most_rows, most_bfloat_rows;
   // Elements of packed panels for nk rows and d columns, the ones included.
   int64_t (*packed)(int64_t nk, int64_t d);
   // Packs the columns [col0, col1) of [x 1]; col0 is a multiple of Blocks::nr.
