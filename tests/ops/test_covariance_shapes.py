@@ -90,7 +90,7 @@ def test_flat(m: int, d: int, dtype: torch.dtype, x_layout: str, bias: bool, dec
     for count in (1, 3):
         torch.manual_seed(1)  # the same old values
         results.append(check_accumulation(x, bias, decay, 0.5, layout, count, TOLERANCE[dtype]))
-    if m <= 512 and d > 64:
+    if m <= 192 and d > 64:  # flat under every instruction set
         assert torch.equal(*results)
     symmetric = covariance(x, bias)
     assert torch.equal(symmetric, symmetric.mT)
