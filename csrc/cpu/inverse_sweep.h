@@ -15,7 +15,7 @@ class InverseSweep {
 
   int64_t bytes(int64_t n) const {
     return Scratch::rounded(kernels_.workspace_bytes(n)) + Scratch::rounded(kernels_.panel_bytes(n)) +
-           Scratch::rounded(kBlock * kBlock * static_cast<int64_t>(sizeof(T)));
+           Scratch::rounded(kernels_.pivots * kernels_.pivots * static_cast<int64_t>(sizeof(T)));
   }
 
   // memory: bytes(n). Returns 0, the order of the first leading minor that is not positive, or -1 when f or its inverse
@@ -24,12 +24,12 @@ class InverseSweep {
               std::byte* memory) const {
     T* work = reinterpret_cast<T*>(memory);
     memory += Scratch::rounded(kernels_.workspace_bytes(n));
-    T* y = reinterpret_cast<T*>(memory);
+    std::byte* y = memory;
     T* w = reinterpret_cast<T*>(memory + Scratch::rounded(kernels_.panel_bytes(n)));
     std::atomic<bool> finite{true};
     std::atomic<int32_t> info{0};
-    const int64_t blocks = (n + kBlock - 1) / kBlock, last = 2 * blocks + 1;
-    const auto start = [&](int64_t block) { return std::min(n, block * kBlock); };
+    const int64_t pivots = kernels_.pivots, blocks = (n + pivots - 1) / pivots, last = 2 * blocks + 1;
+    const auto start = [&](int64_t block) { return std::min(n, block * pivots); };
     const auto length = [&](int64_t block) { return start(block + 1) - start(block); };
     const auto pivot = [&](int64_t block) {
       if (const int32_t bad = kernels_.pivot(work, n, start(block), length(block), w))
@@ -54,7 +54,7 @@ class InverseSweep {
           }
           const int64_t block = (stage - 1) / 2;
           if (stage % 2 == 1) {
-            const int64_t panels = kBlock / kernels_.width, all = (n + kernels_.width - 1) / kernels_.width;
+            const int64_t panels = pivots / kernels_.width, all = (n + kernels_.width - 1) / kernels_.width;
             kernels_.panels(work, n, start(block), length(block), w, task * panels, std::min(all, (task + 1) * panels),
                             y);
             return;
@@ -74,7 +74,6 @@ class InverseSweep {
   }
 
  private:
-  static constexpr int64_t kBlock = kernels::kSweepBlock;
   const kernels::SweepKernels<T>& kernels_;
   const kernels::SweepCopies<S, T>& copies_;
 };

@@ -3,40 +3,57 @@
 #include "kernels/gemm_pack.h"
 #include "kernels/gemm_tile.h"
 #include "kernels/pivot_block.h"
+#include "kernels/split.h"
 #include "kernels/tile.h"
 
 namespace kronfac::kernels::KRONFAC_ISA {
 namespace {
 
-constexpr int64_t kBlock = kSweepBlock;
+// What is cut how. Pivots of a block are a multiple of a panel's width, so that a panel lies wholly on one side of it:
+// with longer sums the matrix would be read and written less often, but they cost order^2 / 2 multiply-adds for each
+// pivot more, and rounding.
+struct Cut {
+  int64_t pivots;
+  int64_t width;          // of a panel
+  int64_t tile, padding;  // rows that are updated together, and what their number is rounded up to
+};
+template <class T>
+constexpr Cut kCut{48, blocks_of<T>().nr, blocks_of<T>().mr, blocks_of<T>().mr};
+#ifdef KRONFAC_SPLIT
+// Two steps of terms on the matrix units.
+template <>
+constexpr Cut kCut<float>{2 * kStepTerms, kBlock, kBlock, kStripLines};
+#endif
 
 template <class T>
-constexpr int64_t kMr = blocks_of<T>().mr;
+constexpr int64_t kPivots = kCut<T>.pivots;
 template <class T>
-constexpr int64_t kNr = blocks_of<T>().nr;
+constexpr int64_t kWidth = kCut<T>.width;
+template <class T>
+constexpr int64_t kMr = blocks_of<T>().mr;
+
+template <class T>
+int64_t padded_rows(int64_t n) {
+  return round_up(n, kCut<T>.padding);
+}
 
 // Rows are whole cache lines; a multiple of a power of two would put the rows of a tile into the same few sets of L1.
 template <class T>
 int64_t stride(int64_t n) {
   constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(T));
-  const int64_t columns = round_up(n, kNr<T>), entries = round_up(columns, line);
+  const int64_t columns = round_up(n, kWidth<T>), entries = round_up(columns, line);
   return entries % (8 * line) == 0 ? entries + line : entries;
 }
 
 template <class T>
 int64_t workspace_bytes(int64_t n) {
-  return round_up(n, kMr<T>) * stride<T>(n) * static_cast<int64_t>(sizeof(T));
+  return padded_rows<T>(n) * stride<T>(n) * static_cast<int64_t>(sizeof(T));
 }
 
+// First column right of what the tile that row i lies in touches.
 template <class T>
-int64_t panel_bytes(int64_t n) {
-  return round_up(n, kNr<T>) * kBlock * static_cast<int64_t>(sizeof(T));
-}
-
-// First column right of what a tile of rows beginning at `tile` touches.
-template <class T>
-constexpr int64_t touched(int64_t tile) {
-  return round_up(tile + kMr<T>, kLanes<T>);
+constexpr int64_t touched(int64_t i) {
+  return round_up(i / kCut<T>.tile * kCut<T>.tile + kCut<T>.tile, kLanes<T>);
 }
 
 template <class S, class T>
@@ -82,11 +99,11 @@ bool load_rows(const S* f, int64_t row_stride, int64_t col_stride, int64_t n, do
   for (int64_t i = row0; i < row1; ++i) {
     T* row = work + i * ld;
     row[i] -= shift;
-    for (int64_t j = i + 1; j < touched<T>(i / kMr<T> * kMr<T>); ++j) row[j] = 0;
+    for (int64_t j = i + 1; j < smaller(touched<T>(i), ld); ++j) row[j] = 0;
   }
   if (row1 == n) {
-    for (int64_t i = n; i < round_up(n, kMr<T>); ++i) {
-      for (int64_t j = 0; j < touched<T>(i / kMr<T> * kMr<T>); ++j) work[i * ld + j] = 0;
+    for (int64_t i = n; i < padded_rows<T>(n); ++i) {
+      for (int64_t j = 0; j < smaller(touched<T>(i), ld); ++j) work[i * ld + j] = 0;
     }
   }
   return bad == 0 && all_zero<S>(defect);
@@ -142,45 +159,55 @@ int32_t pivot(const T* work, int64_t n, int64_t k0, int64_t count, T* w) {
     for (int64_t j = 0; j <= i; ++j) u[j * kLeaf + i] = -static_cast<Real>(row[j]);
   }
   if (const int32_t info = invert_root(u, inverse, padded)) return info;
-  for (int64_t i = 0; i < kBlock; ++i) {
-    for (int64_t j = 0; j < kBlock; ++j)
-      w[i * kBlock + j] = i < count && j < count ? static_cast<T>(inverse[i * kLeaf + j]) : T(0);
+  for (int64_t i = 0; i < kPivots<T>; ++i) {
+    for (int64_t j = 0; j < kPivots<T>; ++j)
+      w[i * kPivots<T> + j] = i < count && j < count ? static_cast<T>(inverse[i * kLeaf + j]) : T(0);
   }
   return 0;
 }
 
-// Rows of the workspace transposed into a panel: panel[k * NR + j] := N[j0 + j, k0 + k], zeros for rows that are not
-// there.
+// Columns j0 <= j < j0 + width of Y^T, count rows.
 template <class T>
-void transpose_rows(const T* work, int64_t ld, int64_t rows, int64_t k0, int64_t count, int64_t j0, T* panel) {
-  pack_panel<T, kNr<T>>(work + j0 * ld + k0, 1, ld, count, smaller(kNr<T>, rows - j0), panel);
+void panel_of(const T* work, int64_t n, int64_t k0, int64_t count, const T* w, int64_t j0, T* panel) {
+  constexpr int64_t mr = kMr<T>, width = kWidth<T>;
+  static_assert(kPivots<T> % width == 0 && kPivots<T> % mr == 0 && kPivots<T> <= kLeaf);
+  const int64_t ld = stride<T>(n);
+  if (j0 >= k0 && j0 < k0 + kPivots<T>) {
+    for (int64_t k = 0; k < count; ++k) {
+      for (int64_t j = 0; j < width; ++j) panel[k * width + j] = w[k * kPivots<T> + j0 - k0 + j];
+    }
+    return;
+  }
+  // Left of the block its own rows are the panel; below, rows have to be turned into one.
+  alignas(panel_alignment) T transposed[kPivots<T> * width];
+  const bool left = j0 < k0;
+  if (!left) {
+    pack_panel<T, width>(work + j0 * ld + k0, 1, ld, count, smaller(width, padded_rows<T>(n) - j0), transposed);
+  }
+  const T* right = left ? work + k0 * ld + j0 : transposed;
+  const TileKernel<T> kernel = kTileKernels<T, true>(mr, width / kLanes<T>);
+  for (int64_t r = 0; r < count; r += mr) {
+    kernel(smaller(r + mr, count), {w + r * kPivots<T>, kPivots<T>, right, left ? ld : width, right, 0, T(1), T(0),
+                                    panel + r * width, width, kLanes<T>});
+  }
 }
 
+// Products on the vector units: Y^T panel by panel, (kPivots, width) each.
 template <class T>
-void panels(const T* work, int64_t n, int64_t k0, int64_t count, const T* w, int64_t p0, int64_t p1, T* y) {
-  constexpr int64_t mr = kMr<T>, nr = kNr<T>;
-  static_assert(kBlock % nr == 0 && kBlock % mr == 0);
-  alignas(panel_alignment) T transposed[kBlock * nr];
-  const int64_t ld = stride<T>(n), rows = round_up(n, mr);
-  for (int64_t p = p0; p < p1; ++p) {
-    const int64_t j0 = p * nr;
-    T* panel = y + p * nr * kBlock;
-    if (j0 >= k0 && j0 < k0 + kBlock) {
-      for (int64_t k = 0; k < count; ++k) {
-        for (int64_t j = 0; j < nr; ++j) panel[k * nr + j] = w[k * kBlock + j0 - k0 + j];
-      }
-      continue;
-    }
-    // Left of the block its own rows are the panel; below, rows have to be turned into one.
-    const bool left = j0 < k0;
-    if (!left) transpose_rows(work, ld, rows, k0, count, j0, transposed);
-    const T* right = left ? work + k0 * ld + j0 : transposed;
-    const TileKernel<T> kernel = kTileKernels<T, true>(mr, kPanelVectors<T>);
-    for (int64_t r = 0; r < count; r += mr) {
-      kernel(smaller(r + mr, count),
-             {w + r * kBlock, kBlock, right, left ? ld : nr, right, 0, T(1), T(0), panel + r * nr, nr, kLanes<T>});
-    }
+struct VectorUpdate {
+  static int64_t panel_bytes(int64_t n) {
+    return round_up(n, kWidth<T>) * kPivots<T> * static_cast<int64_t>(sizeof(T));
   }
+  static void panels(const T* work, int64_t n, int64_t k0, int64_t count, const T* w, int64_t p0, int64_t p1, void* y);
+  static void update(T* work, int64_t n, int64_t k0, int64_t count, const void* y, int64_t row0, int64_t row1);
+};
+
+template <class T>
+void VectorUpdate<T>::panels(const T* work, int64_t n, int64_t k0, int64_t count, const T* w, int64_t p0, int64_t p1,
+                             void* y) {
+  constexpr int64_t width = kWidth<T>;
+  for (int64_t p = p0; p < p1; ++p)
+    panel_of(work, n, k0, count, w, p * width, static_cast<T*>(y) + p * width * kPivots<T>);
 }
 
 template <class T, int vectors>
@@ -199,7 +226,7 @@ inline void add_tile(int64_t count, const T* a, const T* b, bool overwrite, T* o
 }
 
 // The same for the first `needed` vectors only.
-template <class T, int vectors = kPanelVectors<T>>
+template <class T, int vectors = static_cast<int>(kWidth<T> / kLanes<T>)>
 inline void add_tile(int64_t needed, int64_t count, const T* a, const T* b, bool overwrite, T* out, int64_t ld) {
   if constexpr (vectors > 1) {
     if (needed < vectors) return add_tile<T, vectors - 1>(needed, count, a, b, overwrite, out, ld);
@@ -208,32 +235,74 @@ inline void add_tile(int64_t needed, int64_t count, const T* a, const T* b, bool
 }
 
 template <class T>
-void update(T* work, int64_t n, int64_t k0, int64_t count, const T* y, int64_t row0, int64_t row1) {
-  constexpr int64_t mr = kMr<T>, nr = kNr<T>;
+void VectorUpdate<T>::update(T* work, int64_t n, int64_t k0, int64_t count, const void* y, int64_t row0, int64_t row1) {
+  constexpr int64_t mr = kMr<T>, width = kWidth<T>;
   const int64_t ld = stride<T>(n);
-  const auto inside = [&](int64_t i) { return i >= k0 && i < k0 + kBlock; };
-  for (int64_t j = 0; j < row1; j += nr) {
+  const T* panels = static_cast<const T*>(y);
+  const auto inside = [&](int64_t i) { return i >= k0 && i < k0 + kPivots<T>; };
+  for (int64_t j = 0; j < row1; j += width) {
     for (int64_t i = larger(row0, j); i < row1; i += mr) {
-      const int64_t needed = smaller(nr, touched<T>(i) - j) / kLanes<T>;
-      add_tile<T>(needed, count, y + i / nr * nr * kBlock + i % nr, y + j * kBlock, inside(i) || inside(j),
-                  work + i * ld + j, ld);
+      const int64_t needed = smaller(width, touched<T>(i) - j) / kLanes<T>;
+      add_tile<T>(needed, count, panels + i / width * width * kPivots<T> + i % width, panels + j * kPivots<T>,
+                  inside(i) || inside(j), work + i * ld + j, ld);
     }
   }
 }
 
-template <class T>
+#ifdef KRONFAC_SPLIT
+// Products on the matrix units: all left strips of Y, then all right ones.
+struct SplitUpdate {
+  static int64_t side_bytes(int64_t n, int64_t count) {
+    return round_up(n, kWidth<float>) / kStripLines * strip_bytes(count, kFloatParts);
+  }
+  static int64_t panel_bytes(int64_t n) { return 2 * side_bytes(n, kPivots<float>); }
+
+  static void panels(const float* work, int64_t n, int64_t k0, int64_t count, const float* w, int64_t p0, int64_t p1,
+                     void* y) {
+    constexpr int64_t width = kWidth<float>;
+    alignas(panel_alignment) float panel[kPivots<float> * width];
+    const int64_t bytes = width / kStripLines * strip_bytes(count, kFloatParts);
+    for (int64_t p = p0; p < p1; ++p) {
+      panel_of(work, n, k0, count, w, p * width, panel);
+      char* left = static_cast<char*>(y) + p * bytes;
+      pack_lines<kFloatParts>(panel, width, count, width, left, left + side_bytes(n, count));
+    }
+  }
+
+  static void update(float* work, int64_t n, int64_t k0, int64_t count, const void* y, int64_t row0, int64_t row1) {
+    const int64_t ld = stride<float>(n), bytes = strip_bytes(count, kFloatParts);
+    const char* left = static_cast<const char*>(y);
+    const auto inside = [&](int64_t i) { return i >= k0 && i < k0 + kPivots<float>; };
+    const int64_t end = round_up(row1, kStripLines);
+    const Tiles tiles;
+    multiply_chunk<kFloatParts>(end - row0, end, count, left + row0 / kStripLines * bytes, left + side_bytes(n, count),
+                                row0, [&](const float* block, int64_t i, int64_t j, int64_t rows, int64_t columns) {
+                                  const float keep = inside(row0 + i) || inside(j) ? 0 : 1;
+                                  for (int64_t r = 0; r < rows; ++r)
+                                    merge_row(block + r * kBlock, columns, 1, keep, work + (row0 + i + r) * ld + j);
+                                });
+  }
+};
+#endif
+
+template <class T, class Update>
 constexpr SweepKernels<T> kernels_of{.stride = stride<T>,
                                      .workspace_bytes = workspace_bytes<T>,
-                                     .panel_bytes = panel_bytes<T>,
-                                     .width = kNr<T>,
+                                     .panel_bytes = Update::panel_bytes,
+                                     .pivots = kPivots<T>,
+                                     .width = kWidth<T>,
                                      .pivot = pivot<T>,
-                                     .panels = panels<T>,
-                                     .update = update<T>};
+                                     .panels = Update::panels,
+                                     .update = Update::update};
 
 }  // namespace
 
-const SweepKernels<float> sweep_f32 = kernels_of<float>;
-const SweepKernels<double> sweep_f64 = kernels_of<double>;
+#ifdef KRONFAC_SPLIT
+const SweepKernels<float> sweep_f32 = kernels_of<float, SplitUpdate>;
+#else
+const SweepKernels<float> sweep_f32 = kernels_of<float, VectorUpdate<float>>;
+#endif
+const SweepKernels<double> sweep_f64 = kernels_of<double, VectorUpdate<double>>;
 const SweepCopies<float, float> sweep_copies_f32{load_rows<float, float>, unload_rows<float, float>};
 const SweepCopies<double, double> sweep_copies_f64{load_rows<double, double>, unload_rows<double, double>};
 const SweepCopies<float, double> sweep_copies_f32_in_f64{load_rows<float, double>, unload_rows<float, double>};

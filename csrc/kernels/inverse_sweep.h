@@ -17,32 +17,28 @@
 
 namespace kronfac::kernels {
 
-// Pivots in one block: a multiple of every panel's width, so that a panel lies wholly on one side of the block. Longer
-// sums would read and write N less often, but cost order^2 / 2 multiply-adds for each pivot more, and rounding.
-inline constexpr int64_t kSweepBlock = 48;
-
 template <class T>
 struct SweepKernels {
   // Entries between rows of the workspace, and bytes of it, and of the panels of Y.
   int64_t (*stride)(int64_t n);
   int64_t (*workspace_bytes)(int64_t n);
   int64_t (*panel_bytes)(int64_t n);
-  // Width of a panel; also what rows are cut by.
-  int64_t width;
+  // Pivots of a block, by which rows are cut too, and the width of a panel, which divides them.
+  int64_t pivots, width;
 
-  // W of the pivots k0 <= k < k0 + count, as (kSweepBlock, kSweepBlock) row-major, zeros above the diagonal and past
-  // count. Returns 0 or the order (counted from k0) of the first leading minor that is not positive or not finite.
+  // W of the pivots k0 <= k < k0 + count, as (pivots, pivots) row-major, zeros above the diagonal and past count.
+  // Returns 0 or the order (counted from k0) of the first leading minor that is not positive or not finite.
   int32_t (*pivot)(const T* work, int64_t n, int64_t k0, int64_t count, T* w);
   // Panels p0 <= p < p1 of Y.
-  void (*panels)(const T* work, int64_t n, int64_t k0, int64_t count, const T* w, int64_t p0, int64_t p1, T* y);
-  // N := N + Y Y^T in rows row0 <= i < row1 (multiples of width, or the end); count is that of `panels`.
-  void (*update)(T* work, int64_t n, int64_t k0, int64_t count, const T* y, int64_t row0, int64_t row1);
+  void (*panels)(const T* work, int64_t n, int64_t k0, int64_t count, const T* w, int64_t p0, int64_t p1, void* y);
+  // N := N + Y Y^T in rows row0 <= i < row1 (multiples of pivots, or the end); count is that of `panels`.
+  void (*update)(T* work, int64_t n, int64_t k0, int64_t count, const void* y, int64_t row0, int64_t row1);
 };
 
 // Between a matrix of type S and a workspace of type T.
 template <class S, class T>
 struct SweepCopies {
-  // N := -(f + damping I), rows row0 <= i < row1 (multiples of width, or the end) and what pads them. False when an
+  // N := -(f + damping I), rows row0 <= i < row1 (multiples of pivots, or the end) and what pads them. False when an
   // entry of f's lower triangle is not finite; the strict upper one is never read.
   bool (*load)(const S* f, int64_t row_stride, int64_t col_stride, int64_t n, double damping, int64_t row0,
                int64_t row1, T* work);
