@@ -203,7 +203,7 @@ void gemm_f64(int64_t m, int64_t n, int64_t k, double alpha, const Matrix& a, co
 }
 int64_t gemm_scratch_f32(int64_t m, int64_t n, int64_t k) {
 #ifdef KRONFAC_SPLIT
-  return larger(gemm_scratch<float>(m, n, k), GemmSplitLayout(m, n, k).bytes());
+  return larger(gemm_scratch<float>(m, n, k), GemmSplitLayout::most_bytes(m, n, k));
 #else
   return gemm_scratch<float>(m, n, k);
 #endif

@@ -36,6 +36,17 @@ struct GemmSplitLayout {
     staging = terms * kStripLines * static_cast<int64_t>(sizeof(float));
   }
   int64_t bytes() const { return left + right + staging; }
+
+  // For any product of at most these sizes: one of fewer rows may have chunks of more columns. Of two sides whose
+  // product is bounded the sum is largest where one of them is.
+  static int64_t most_bytes(int64_t m, int64_t n, int64_t k) {
+    const int64_t terms = smaller(k, kSplitTerms<kFloatParts>);
+    const int64_t rows = smaller(round_up(m, kBlock), kChunkSide), columns = smaller(round_up(n, kBlock), 2048);
+    const int64_t tall = rows + smaller(columns, kChunkArea / larger(rows, 1)),
+                  wide = columns + smaller(rows, kChunkArea / larger(columns, 1));
+    return strip_count(larger(tall, wide) + kBlock) * strip_bytes(terms, kFloatParts) +
+           terms * kStripLines * static_cast<int64_t>(sizeof(float));
+  }
 };
 
 static inline void gemm_split(int64_t m, int64_t n, int64_t k, float alpha, const Matrix& a, const Matrix& b,
@@ -51,6 +62,7 @@ static inline void gemm_split(int64_t m, int64_t n, int64_t k, float alpha, cons
   const Tiles tiles;
   for (int64_t j0 = 0; j0 < n; j0 += chunks.columns) {
     const int64_t nc = smaller(chunks.columns, n - j0);
+    bool packed = false;
     for (int64_t i0 = 0; i0 < m; i0 += chunks.rows) {
       const int64_t mc = smaller(chunks.rows, m - i0);
       const int64_t below = triangle.lower ? triangle.row0 + i0 - triangle.col0 - j0 : kNoDiagonal;
@@ -59,7 +71,8 @@ static inline void gemm_split(int64_t m, int64_t n, int64_t k, float alpha, cons
         const int64_t terms = smaller(run, k - p);
         pack_strips<parts>(rows_of_a, p, terms, i0, mc, left, nullptr, staging);
         // All of B's terms at hand serve all chunks of rows.
-        if (i0 == 0 || k > run) pack_strips<parts>(b, p, terms, j0, nc, nullptr, right, staging);
+        if (!packed || k > run) pack_strips<parts>(b, p, terms, j0, nc, nullptr, right, staging);
+        packed = true;
         const float keep = p == 0 ? beta : 1;
         multiply_chunk<parts>(mc, nc, terms, left, right, below,
                               [&](const float* block, int64_t i, int64_t j, int64_t rows, int64_t columns) {

@@ -157,7 +157,7 @@ def test_an_inverse_too_large_for_its_type_is_reported(n: int) -> None:
     assert inverse.isnan().all()
 
 
-@pytest.mark.parametrize("sizes", [[300], [300, 40, 40], [200, 200, 130, 8], [64] * 9])
+@pytest.mark.parametrize("sizes", [[300], [300, 40, 40], [200, 200, 130, 8], [64] * 9, [1024], [770, 90]])
 def test_results_do_not_depend_on_threads_or_company(sizes: list[int]) -> None:
     factors = [factor(n) for n in sizes]
     shift = torch.tensor(0.05)
