@@ -55,21 +55,6 @@ bool copy_in(const T* f, int64_t row_stride, int64_t col_stride, int64_t n, T da
 }
 
 template <class T>
-int32_t leaf(T* a, int64_t lda, int64_t n) {
-  alignas(64) Real u[kLeaf * kLeaf];
-  alignas(64) Real w[kLeaf * kLeaf];
-  const int64_t padded = pad(u, n);
-  for (int64_t i = 0; i < n; ++i) {
-    for (int64_t j = 0; j <= i; ++j) u[j * kLeaf + i] = static_cast<Real>(a[i * lda + j]);
-  }
-  if (const int32_t info = invert_root(u, w, padded)) return info;
-  for (int64_t i = 0; i < n; ++i) {
-    for (int64_t j = 0; j < n; ++j) a[i * lda + j] = static_cast<T>(w[i * kLeaf + j]);
-  }
-  return 0;
-}
-
-template <class T>
 int32_t small(const T* f, int64_t row_stride, int64_t col_stride, int64_t n, Real damping, T* x) {
   alignas(64) Real u[kLeaf * kLeaf];
   alignas(64) Real w[kLeaf * kLeaf];
@@ -146,14 +131,12 @@ bool mirror(T* x, int64_t n, int64_t row0, int64_t row1) {
 }  // namespace
 
 const DampedInverseKernels<float> damped_inverse_f32{.copy_in = copy_in<float>,
-                                                     .leaf = leaf<float>,
                                                      .small = small<float>,
                                                      .mirror = mirror<float>,
                                                      .sweep = &sweep_f32,
                                                      .sweep_copies = &sweep_copies_f32,
                                                      .wide_sweep_copies = &sweep_copies_f32_in_f64};
 const DampedInverseKernels<double> damped_inverse_f64{.copy_in = copy_in<double>,
-                                                      .leaf = leaf<double>,
                                                       .small = small<double>,
                                                       .mirror = mirror<double>,
                                                       .sweep = &sweep_f64,

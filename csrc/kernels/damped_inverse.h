@@ -1,5 +1,4 @@
-// The parts of a damped Cholesky inverse that are not matrix products: copy-in, diagonal blocks, mirror. The recursion
-// over blocks, whose work is all in gemm, is control flow and lives in the glue.
+// The damped Cholesky inverse of small matrices, and copies of symmetric ones; larger ones: inverse_sweep.h.
 #pragma once
 
 #include <cstdint>
@@ -8,8 +7,7 @@
 
 namespace kronfac::kernels {
 
-// Order of the largest diagonal block. 64 x 64 floats and their transpose (32 KiB) stay in L1 or close to it, and 64 is
-// deep enough for the products beside it.
+// Order of the largest block that is factorised at once: 64 x 64 doubles and their inverse (64 KiB) are close to L1.
 inline constexpr int64_t kCholeskyLeaf = 64;
 
 template <class T>
@@ -19,17 +17,13 @@ struct DampedInverseKernels {
   // never read).
   bool (*copy_in)(const T* f, int64_t row_stride, int64_t col_stride, int64_t n, T damping, int64_t row0, int64_t row1,
                   T* x);
-  // a (n, n) with n <= kCholeskyLeaf, row stride lda, lower triangle of a symmetric matrix := the inverse of its
-  // Cholesky factor, with zeros above the diagonal. Returns 0, or the order of the first leading minor that is not
-  // positive (or not finite); a is then undefined.
-  int32_t (*leaf)(T* a, int64_t lda, int64_t n);
   // The whole operation for n <= kCholeskyLeaf: x (n, n, contiguous) := (f + damping I)^-1, both triangles. Returns 0,
   // the order of the first bad leading minor, or -1 when f or the inverse is not finite; x is then undefined.
   int32_t (*small)(const T* f, int64_t row_stride, int64_t col_stride, int64_t n, double damping, T* x);
   // Strict upper triangle of x (n, n, contiguous) := its lower triangle, for columns of the upper part row0 <= i < row1
   // (that is: the rows that are read). False when an entry of these rows is not finite.
   bool (*mirror)(T* x, int64_t n, int64_t row0, int64_t row1);
-  // Another algorithm for the same, in T and, for matrices of type T, in double.
+  // For larger orders, in T and, for matrices of type T, in double.
   const SweepKernels<T>* sweep;
   const SweepCopies<T, T>* sweep_copies;
   const SweepCopies<T, double>* wide_sweep_copies;
