@@ -10,7 +10,7 @@ from kronfac.curvature.likelihood import Bernoulli, Categorical, Gaussian, Likel
 from kronfac.curvature.linear import LinearAdapter
 from kronfac.curvature.recorder import Recorder
 from kronfac.curvature.registry import adapter_for, find_layers, register_adapter
-from kronfac.curvature.statistics import KroneckerFactors, LayerStatistics, Pending
+from kronfac.curvature.statistics import KroneckerFactors, LayerStatistics, Pending, ScaledSums
 
 __all__ = [
     "Bernoulli",
@@ -24,6 +24,7 @@ __all__ = [
     "LinearAdapter",
     "Pending",
     "Recorder",
+    "ScaledSums",
     "adapter_for",
     "factors",
     "find_layers",

@@ -24,6 +24,25 @@ class KroneckerFactors(NamedTuple):
     G: Tensor
 
 
+@dataclass(frozen=True)
+class ScaledSums:
+    """Fresh factors of one layer before their normalisation: A = A_scale · A_sum and G = G_scale · G_sum.
+
+    The running average multiplies by another constant anyway, so a pass over the sums is saved by leaving this to it.
+
+    Attributes:
+        A_sum: Σ ā āᵀ; whoever gets it may overwrite it.
+        G_sum: Σ g gᵀ, likewise.
+        A_scale: 1/M.
+        G_scale: 1/R.
+    """
+
+    A_sum: Tensor
+    G_sum: Tensor
+    A_scale: float
+    G_scale: float
+
+
 @dataclass
 class LayerStatistics:
     """Raw sums of one layer.
@@ -88,6 +107,16 @@ class Pending:
             return {}
         return {
             name: KroneckerFactors(layer.A_sum / self.terms, layer.G_sum / layer.positions)
+            for name, layer in self.layers.items()
+            if layer.positions > 0
+        }
+
+    def scaled_sums(self) -> dict[str, ScaledSums]:
+        """What `factors` returns, by layer name, with the multiplication left to the caller."""
+        if self.terms <= 0:
+            return {}
+        return {
+            name: ScaledSums(layer.A_sum, layer.G_sum, 1 / self.terms, 1 / layer.positions)
             for name, layer in self.layers.items()
             if layer.positions > 0
         }

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, StateDict
 
-from kronfac.curvature import KroneckerFactors, Likelihood, Recorder, resolve_likelihood
+from kronfac.curvature import KroneckerFactors, Likelihood, Recorder, ScaledSums, resolve_likelihood
 from kronfac.optim import options
 from kronfac.optim import state as checkpoint
 from kronfac.optim.groups import GroupedOptimizer
@@ -289,7 +289,7 @@ class KFAC(GroupedOptimizer):
             found_inf = torch.as_tensor(found_inf)  # the sum over no devices, when there is no gradient, is the int 0
         pending = recorder.collect(loss_scale=self._loss_scale(scale, found_inf))
         pending.all_reduce()
-        fresh = self._due(pending.factors())
+        fresh = self._due(pending.scaled_sums())
         if self._coverage.outdated():
             self._cover()
             kept = {layer.name: layer.parameters for layer in layers}
@@ -320,7 +320,7 @@ class KFAC(GroupedOptimizer):
         if outcome.applied or found_inf is None:  # GradScaler probes for overflow on purpose
             self._reporter.outcome(outcome, self.model, [p for group in self.param_groups for p in group["params"]])
 
-    def _due(self, fresh: dict[str, KroneckerFactors]) -> dict[str, KroneckerFactors]:
+    def _due(self, fresh: dict[str, ScaledSums]) -> dict[str, ScaledSums]:
         """Leave out layers whose group takes no statistics at this step, while another group's does."""
         step = self._counters["step"]
         due = {

@@ -9,11 +9,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from kronfac.curvature import KroneckerFactors
+from kronfac.curvature import KroneckerFactors, ScaledSums
 from kronfac.optim.layers import Layer
 from kronfac.optim.structures import Factorisation, Structure
 
 _T = TypeVar("_T")
+_SMALL = 4096  # elements; the passes over smaller tensors cost less together than the calls
 
 
 @dataclass(frozen=True)
@@ -35,19 +36,19 @@ class Preconditioned:
 
     Attributes:
         matrices: P per layer (out, in[+1]).
-        dots: ⟨P, V⟩ per layer, 0-dimensional, on the layer's device.
+        dots: ⟨P, V⟩ of the layers of one dtype and device, with the positions of these layers, in ascending order.
     """
 
     matrices: list[Tensor]
-    dots: list[Tensor]
+    dots: list[tuple[list[int], Tensor]]
 
 
-def average(layers: Sequence[Layer], fresh: Mapping[str, KroneckerFactors], factor_decay: float) -> dict[str, Average]:
+def average(layers: Sequence[Layer], fresh: Mapping[str, ScaledSums], factor_decay: float) -> dict[str, Average]:
     """Running averages with decay min(1 - 1/k, factor_decay), k counting the layer's updates: no bias from the start.
 
     Args:
         layers: the covered layers; none of them is changed.
-        fresh: the statistics of some of them, by name.
+        fresh: the statistics of some of them, by name; their memory becomes that of the new averages.
         factor_decay: the decay that is reached in the long run.
 
     Returns:
@@ -57,12 +58,14 @@ def average(layers: Sequence[Layer], fresh: Mapping[str, KroneckerFactors], fact
     for layer in layers:
         if layer.name not in fresh:
             continue
-        new = KroneckerFactors(*(factor.to(layer.dtype) for factor in (fresh[layer.name].A, fresh[layer.name].G)))
-        updates = layer.updates + 1
+        new, updates = fresh[layer.name], layer.updates + 1
+        decay = 0.0 if layer.factors is None else min(1 - 1 / updates, factor_decay)
+        A = new.A_sum.to(layer.dtype).mul_((1 - decay) * new.A_scale)
+        G = new.G_sum.to(layer.dtype).mul_((1 - decay) * new.G_scale)
         if layer.factors is not None:
-            decay = min(1 - 1 / updates, factor_decay)
-            new = KroneckerFactors(new.A.lerp(layer.factors.A, decay), new.G.lerp(layer.factors.G, decay))
-        result[layer.name] = Average(new, updates)
+            A.add_(layer.factors.A, alpha=decay)
+            G.add_(layer.factors.G, alpha=decay)
+        result[layer.name] = Average(KroneckerFactors(A, G), updates)
     return result
 
 
@@ -86,13 +89,14 @@ def precondition(
     """Precondition several layers, one call per dtype and device."""
     # In float16 a preconditioned gradient overflows where its scaled-down update would not.
     grads = [grad.float() if grad.dtype == torch.float16 else grad for grad in grads]
-    matrices, dots = list(grads), list(grads)
+    matrices, dots = list(grads), []
     for chosen in _buckets((grad.dtype, grad.device) for grad in grads):
         out, products = structure.apply(
             [grads[i] for i in chosen], [factorisations[i] for i in chosen], [damping[i] for i in chosen]
         )
-        for index, matrix, product in zip(chosen, out, products.unbind(), strict=True):
-            matrices[index], dots[index] = matrix, product
+        for index, matrix in zip(chosen, out, strict=True):
+            matrices[index] = matrix
+        dots.append((chosen, products))
     return Preconditioned(matrices, dots)
 
 
@@ -101,10 +105,26 @@ def all_finite(tensors: Iterable[Tensor]) -> list[Tensor]:
     full = [tensor for tensor in tensors if tensor.numel()]
     flags = []
     for chosen in _buckets((tensor.dtype, tensor.device) for tensor in full):
-        # The largest magnitude is NaN or infinite as soon as one entry is; one fused pass over many tensors.
-        norms = torch._foreach_norm([full[i] for i in chosen], float("inf"))
-        flags.append(torch.stack(list(norms)).isfinite().all())
+        some = [full[i] for i in chosen]
+        # An extreme value is NaN or infinite as soon as one entry is.
+        if some[0].is_cpu:
+            # The infinity norm is not vectorised there: it takes ten times as long as the extremes.
+            small = [tensor.flatten() for tensor in some if tensor.numel() <= _SMALL]
+            large = [tensor for tensor in some if tensor.numel() > _SMALL]
+            joined = [torch.cat(small)] if small else []
+            extremes = [extreme for tensor in [*joined, *large] for extreme in tensor.aminmax()]
+        else:
+            extremes = list(torch._foreach_norm(some, float("inf")))  # one fused pass over many tensors
+        flags.append(torch.stack(extremes).isfinite().all())
     return flags
+
+
+def sums_finite(fresh: Iterable[ScaledSums]) -> list[Tensor]:
+    """Whether fresh statistics are finite: one bool tensor () per dtype and device, without host synchronisation."""
+    # A non-finite entry of a row reaches the diagonal, a sum of squares, of its second moment; it is all that is read.
+    diagonals = [factor.diagonal() for sums in fresh for factor in (sums.A_sum, sums.G_sum)]
+    buckets = _buckets((diagonal.dtype, diagonal.device) for diagonal in diagonals)
+    return [torch.cat([diagonals[i] for i in chosen]).isfinite().all() for chosen in buckets]
 
 
 def _buckets(keys: Iterable[_T]) -> list[list[int]]:

@@ -9,9 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kronfac.curvature import KroneckerFactors
+from kronfac.curvature import ScaledSums
 from kronfac.optim.layers import Layer
-from kronfac.optim.refresh import Average, Preconditioned, all_finite, average, factorise, precondition
+from kronfac.optim.refresh import (
+    Average,
+    Preconditioned,
+    all_finite,
+    average,
+    factorise,
+    precondition,
+    sums_finite,
+)
 from kronfac.optim.structures import Factorisation, Structure
 from kronfac.optim.update import add_weight_decay, apply_update, kl_scales
 
@@ -43,7 +51,7 @@ def advance(
     layers: Sequence[Layer],
     groups: Groups,
     state: MutableMapping[Tensor, dict[str, Tensor]],
-    fresh: Mapping[str, KroneckerFactors],
+    fresh: Mapping[str, ScaledSums],
     factor_decay: float,
     step: int,
     found_inf: Tensor | None = None,
@@ -57,14 +65,13 @@ def advance(
         layers: the covered layers; factors and factorisations are replaced.
         groups: checked param groups; the parameters are changed in place.
         state: momentum buffers.
-        fresh: this step's statistics by layer name; may be empty.
+        fresh: this step's statistics by layer name; may be empty. Their memory is taken over.
         factor_decay: long-run decay of the averages.
         step: 0-based number of this step.
         found_inf: GradScaler's verdict; anything but 0 skips the step.
     """
     home = next((p.device for group in groups for p in group["params"]), torch.device("cpu"))
-    grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
-    flags = all_finite([*grads, *(factor for pair in fresh.values() for factor in (pair.A, pair.G))])
+    flags = sums_finite(fresh.values())
     if found_inf is not None:
         flags.append(found_inf.reshape(()) == 0)
 
@@ -92,15 +99,19 @@ def advance(
             current.append(factorisation)
     matrices = [_regularised_gradient(layer, groups) for layer in ready]
     done = precondition(structure, matrices, current, [_damping(layer, groups) for layer in ready])
-    if not _agree([*flags, *all_finite(done.dots)], home):
+    # A non-finite entry of V makes ⟨P, V⟩ non-finite: P holds its products with whole rows and columns of the inverses.
+    flags.extend(products.isfinite().all() for _, products in done.dots)
+    seen = {id(p) for layer in ready for p in layer.parameters}
+    rest = [p.grad for group in groups for p in group["params"] if p.grad is not None and id(p) not in seen]
+    if not _agree([*flags, *all_finite(rest)], home):
         return Outcome(applied=False)
 
     for layer in layers:
         if layer.name in averages:
             layer.factors, layer.updates = averages[layer.name].factors, averages[layer.name].updates
         layer.factorisation = inverses.get(layer.name, layer.factorisation)
-    scales = _clip(ready, done, groups)
-    _move(ready, done.matrices, groups, state)
+    scales = _clip_scales(ready, done, groups)
+    _move(ready, done.matrices, groups, state, scales)
     bare = tuple(layer.name for layer in active if layer.factors is None)
     return Outcome(True, retries, len(due) - len(inverses), scales, bare)
 
@@ -165,19 +176,24 @@ def _regularised_gradient(layer: Layer, groups: Groups) -> Tensor:
     return add_weight_decay(gradient, layer.adapter.weight_matrix(), decays, sizes)
 
 
-def _clip(layers: Sequence[Layer], done: Preconditioned, groups: Groups) -> list[Tensor | None]:
-    """Scale the preconditioned gradients in place by the KL clip; returns the factor per param group."""
-    sets: dict[tuple[int, float, torch.device], list[int]] = {}
-    for position, layer in enumerate(layers):
-        lr = max(float(groups[index]["lr"]) for index in layer.groups)
-        sets.setdefault((layer.groups[0], lr, done.dots[position].device), []).append(position)
-    sums = [torch.stack([done.dots[i] for i in members]).sum() for members in sets.values()]
-    clips = [groups[group]["kl_clip"] for group, _, _ in sets]
-    scales = kl_scales(sums, [lr for _, lr, _ in sets], clips)
+def _clip_scales(layers: Sequence[Layer], done: Preconditioned, groups: Groups) -> list[Tensor | None]:
+    """The KL clip's factor per param group, for the layers that are the group's own; None where nothing is clipped."""
+    sets: dict[tuple[int, float], list[Tensor]] = {}
+    for chosen, products in done.dots:
+        members: dict[tuple[int, float], list[int]] = {}
+        for place, position in enumerate(chosen):
+            own = layers[position].groups
+            lr = max(float(groups[index]["lr"]) for index in own)
+            members.setdefault((own[0], lr), []).append(place)
+        for key, places in members.items():
+            part = products if len(places) == len(chosen) else torch.stack([products[place] for place in places])
+            sets.setdefault(key, []).append(part.sum())
+    keys = [key for key, sums in sets.items() for _ in sums]
+    sums = [part for parts in sets.values() for part in parts]
+    scales = kl_scales(sums, [lr for _, lr in keys], [groups[group]["kl_clip"] for group, _ in keys])
     result: list[Tensor | None] = [None] * len(groups)
-    for (group, _, _), members, scale in zip(sets, sets.values(), scales, strict=True):
+    for (group, _), scale in zip(keys, scales, strict=True):
         if scale is not None:
-            torch._foreach_mul_([done.matrices[i] for i in members], scale)
             result[group] = scale
     return result
 
@@ -187,19 +203,47 @@ def _move(
     matrices: Sequence[Tensor],
     groups: Groups,
     state: MutableMapping[Tensor, dict[str, Tensor]],
+    scales: Sequence[Tensor | None],
 ) -> None:
-    """Update all parameters: along the preconditioned gradients where there are some, elsewhere as SGD."""
-    directions: dict[int, Tensor] = {}
-    for layer, matrix in zip(layers, matrices, strict=True):
+    """Update all parameters: along the scaled preconditioned gradients where there are some, elsewhere as SGD."""
+    waiting = _clip(layers, matrices, scales)
+    directions: dict[int, tuple[Tensor, Tensor | None]] = {}
+    for layer, matrix, scale in zip(layers, matrices, waiting, strict=True):
         for parameter, part in zip(layer.parameters, layer.adapter.split(matrix), strict=True):
-            directions[id(parameter)] = part.to(parameter.dtype)
+            directions[id(parameter)] = part if part.dtype == parameter.dtype else part.to(parameter.dtype), scale
     for group in groups:
         moving = [p for p in group["params"] if p.grad is not None]
         decay = _l2(group)
         chosen: list[Tensor] = []
+        factors: list[Tensor | None] = []
         for p in moving:
             direction = directions.get(id(p))
             if direction is None:
-                direction = p.grad.add(p, alpha=decay) if decay else p.grad
-            chosen.append(direction)
-        apply_update(group, moving, chosen, state)
+                direction = (p.grad.add(p, alpha=decay) if decay else p.grad), None
+            chosen.append(direction[0])
+            factors.append(direction[1])
+        apply_update(group, moving, chosen, state, factors)
+
+
+def _clip(layers: Sequence[Layer], matrices: Sequence[Tensor], scales: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Apply the KL clip: the factor that each matrix has yet to be multiplied by, None where nothing is left to do.
+
+    On the CPU multiplying waits until the momentum is added, which saves a pass over the matrices; on an accelerator
+    one call for all matrices is worth more.
+    """
+    waiting: list[Tensor | None] = [None] * len(layers)
+    at_once: dict[tuple[int, torch.device], list[Tensor]] = {}
+    for position, (layer, matrix) in enumerate(zip(layers, matrices, strict=True)):
+        scale = scales[layer.groups[0]]
+        if scale is None:
+            continue
+        # A wider matrix is rounded to the parameter's type after scaling: before, float16 may overflow.
+        if matrix.is_cpu and scale.is_cpu and matrix.dtype == scale.dtype == layer.parameters[0].dtype:
+            waiting[position] = scale
+        else:
+            at_once.setdefault((layer.groups[0], matrix.device), []).append(matrix)
+    for (group, device), members in at_once.items():
+        scale = scales[group]
+        assert scale is not None
+        torch._foreach_mul_(members, scale.to(device, non_blocking=True))
+    return waiting

@@ -69,6 +69,7 @@ def apply_update(
     parameters: Sequence[Tensor],
     directions: Sequence[Tensor],
     state: MutableMapping[Tensor, dict[str, Tensor]],
+    scales: Sequence[Tensor | None] | None = None,
 ) -> None:
     """Update the parameters of one param group along -direction, with momentum as in torch.optim.SGD.
 
@@ -80,23 +81,59 @@ def apply_update(
         parameters: changed in place.
         directions: one per parameter, same shape and dtype; never changed.
         state: per parameter; holds the momentum buffers.
+        scales: factor of each direction, 0-dimensional; None for 1.
     """
     if not parameters:
         return
     parameters, directions = list(parameters), list(directions)
+    scales = [None] * len(directions) if scales is None else scales
     lr, momentum = group["lr"], group["momentum"]
     if group["decoupled"] and group["weight_decay"]:
         torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
-    if momentum:
-        fresh = [index for index, p in enumerate(parameters) if MOMENTUM not in state[p]]
-        kept = [index for index, p in enumerate(parameters) if MOMENTUM in state[p]]
-        for index in fresh:
-            buffer = torch.empty_like(parameters[index]).copy_(directions[index])
-            state[parameters[index]][MOMENTUM] = buffer
-        if kept:
-            old = [state[parameters[index]][MOMENTUM] for index in kept]
-            torch._foreach_mul_(old, momentum)
-            torch._foreach_add_(old, [directions[index] for index in kept])
-        buffers = [state[p][MOMENTUM] for p in parameters]
-        directions = list(torch._foreach_add(directions, buffers, alpha=momentum)) if group["nesterov"] else buffers
+    if not momentum:
+        _add(parameters, directions, scales, -lr)
+        return
+    # A factor that waits for an addition costs nothing; Nesterov's form needs the direction in two of them.
+    if group["nesterov"]:
+        directions = [d if scale is None else d * scale for d, scale in zip(directions, scales, strict=True)]
+        scales = [None] * len(directions)
+    old: list[Tensor] = []
+    kept: list[int] = []
+    buffers: list[Tensor] = []
+    for index, parameter in enumerate(parameters):
+        buffer = state[parameter].get(MOMENTUM)
+        if buffer is None:
+            buffer = torch.empty_like(parameter).copy_(directions[index])
+            scale = scales[index]
+            if scale is not None:
+                buffer.mul_(scale)
+            state[parameter][MOMENTUM] = buffer
+        else:
+            old.append(buffer)
+            kept.append(index)
+        buffers.append(buffer)
+    if kept:
+        torch._foreach_mul_(old, momentum)
+        _add(old, [directions[index] for index in kept], [scales[index] for index in kept])
+    directions = list(torch._foreach_add(directions, buffers, alpha=momentum)) if group["nesterov"] else buffers
     torch._foreach_add_(parameters, directions, alpha=-lr)
+
+
+def _add(
+    tensors: Sequence[Tensor], others: Sequence[Tensor], scales: Sequence[Tensor | None], alpha: float = 1.0
+) -> None:
+    """Add alpha·scale·other to each tensor. The scales are not read: on an accelerator the host would wait."""
+    scaled: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
+    plain: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for tensor, other, scale in zip(tensors, others, scales, strict=True):
+        if scale is None:
+            plain[0].append(tensor)
+            plain[1].append(other)
+        else:
+            scaled[0].append(tensor)
+            scaled[1].append(other)
+            scaled[2].append(scale)
+    if plain[0]:
+        torch._foreach_add_(*plain, alpha=alpha)
+    if scaled[0]:
+        torch._foreach_addcmul_(*scaled, value=alpha)
