@@ -10,6 +10,7 @@ from kronfac.curvature.likelihood import Bernoulli, Categorical, Gaussian, Likel
 from kronfac.curvature.linear import LinearAdapter
 from kronfac.curvature.recorder import Recorder
 from kronfac.curvature.registry import adapter_for, find_layers, register_adapter
+from kronfac.curvature.rows import GradientRows
 from kronfac.curvature.statistics import KroneckerFactors, LayerStatistics, Pending, ScaledSums
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "Categorical",
     "ConvAdapter",
     "Gaussian",
+    "GradientRows",
     "KroneckerFactors",
     "LayerAdapter",
     "LayerStatistics",

@@ -47,7 +47,7 @@ class Capture:
         gradient = gradients[self._output_nr]
         if recorder is None or recorder.removed or gradient is None or not forward.complete or forward.collected:
             return
-        if not _accumulates(self._leaf):
+        if not accumulates(self._leaf):
             return
         recorder.reach(forward, self._fired)
         if self._fired:
@@ -57,7 +57,7 @@ class Capture:
             forward.add_gradient(self._name, self._adapter, self._view.gradient(gradient))
 
 
-def _accumulates(leaf: Node) -> bool:
+def accumulates(leaf: Node) -> bool:
     """Whether the backward that runs now adds to the ``.grad`` of a parameter."""
     try:
         return bool(torch._C._will_engine_execute_node(leaf))

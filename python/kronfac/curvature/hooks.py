@@ -115,8 +115,12 @@ class LayerHook(Hook):
         if torch.compiler.is_compiling():
             return
         recorder = self._listener(module)
-        if recorder is not None and recorder.is_open and not in_backward():
+        if recorder is None:
+            return
+        if recorder.is_open and not in_backward():
             recorder.see(self._name, args, kwargs, output)
+        if recorder.rows.enabled and self._name in recorder.rows.limits:
+            recorder.keep_rows(self._name, args, kwargs, output)
 
 
 class CloseHook(Hook):

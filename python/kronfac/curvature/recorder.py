@@ -18,6 +18,7 @@ from kronfac.curvature.capture import Capture
 from kronfac.curvature.forward import Forward, OutputEdge, refuse_reentrant
 from kronfac.curvature.hooks import CloseHook, LayerHook, OpenHook, obstacle
 from kronfac.curvature.likelihood import Likelihood, resolve_likelihood
+from kronfac.curvature.rows import RowKeeper
 from kronfac.curvature.statistics import Pending
 
 FISHERS = ("mc", "exact", "empirical")
@@ -56,6 +57,7 @@ class Recorder:
         due: whether the coming forwards are to be recorded.
         ever_recorded: whether statistics were ever taken.
         generator: source of the draws.
+        rows: keeps the rows that gradients are products of, once that is enabled.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -106,6 +108,7 @@ class Recorder:
         self.generator = generator
         self.due = True
         self.ever_recorded = False
+        self.rows = RowKeeper(self.adapters)
 
         self._output, self._mask = output, mask
         self._from_backward = fisher == "empirical"
@@ -137,6 +140,7 @@ class Recorder:
         """Take all hooks off the model and drop what is pending. Nothing is recorded any more."""
         self._finalizer()
         self.clear()
+        self.rows.take()
         self._forward = None
 
     # ------------------------------------------------------------------ what the optimizer says
@@ -298,6 +302,11 @@ class Recorder:
             edge.edge.node.register_prehook(Capture(self, forward, name, adapter, edge))
         else:
             self._edges.append((name, adapter, edge))
+
+    def keep_rows(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+        """A covered layer has run, inside a recording or not, and the rows of its gradient may be worth keeping."""
+        if obstacle(self) is None:
+            self.rows.keep(name, self.adapters[name], args[0] if args else next(iter(kwargs.values()), None), output)
 
     def close(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
         """The root's forward has ended, with an output or with an exception."""

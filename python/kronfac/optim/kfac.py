@@ -289,6 +289,7 @@ class KFAC(GroupedOptimizer):
             found_inf = torch.as_tensor(found_inf)  # the sum over no devices, when there is no gradient, is the int 0
         pending = recorder.collect(loss_scale=self._loss_scale(scale, found_inf))
         pending.all_reduce()
+        rows = recorder.rows.take()
         fresh = self._due(pending.scaled_sums())
         if self._coverage.outdated():
             self._cover()
@@ -296,6 +297,7 @@ class KFAC(GroupedOptimizer):
             layers = self._coverage.layers
             same = {layer.name for layer in layers if same_tensors(layer.parameters, kept.get(layer.name, ()))}
             fresh = {name: pair for name, pair in fresh.items() if name in same}
+            rows = {}
         if scale is not None:
             unscale(self.param_groups, scale)
         outcome = advance(
@@ -307,6 +309,7 @@ class KFAC(GroupedOptimizer):
             factor_decay=self.factor_decay,
             step=self._counters["step"],
             found_inf=found_inf,
+            rows=rows,
         )
         if outcome.applied:
             self._eager = self._eager and not fresh
@@ -351,7 +354,14 @@ class KFAC(GroupedOptimizer):
         """Tell the recorder whether the coming forwards are to be recorded, so that the hooks rest otherwise."""
         step = self._counters["step"]
         due = any(step % period == 0 for period in self._upcoming("factor_every", step))
-        self._live_recorder().due = due or self._eager
+        recorder = self._live_recorder()
+        recorder.due = due or self._eager
+        # No use for rows that cannot form .grad at the step: decayed, scaled or summed over processes.
+        recorder.rows.enabled = (
+            self.structure.by_rows
+            and world_size() == 1
+            and any(group["decoupled"] or not group["weight_decay"] for group in self.param_groups)
+        )
 
     def factors(self) -> dict[str, KroneckerFactors]:
         """Undamped running averages, copied: ``{layer name: KroneckerFactors(A (in[+1], in[+1]), G (out, out))}``."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from kronfac.curvature import KroneckerFactors, ScaledSums
+from kronfac.curvature import GradientRows, KroneckerFactors, ScaledSums
 from kronfac.optim.layers import Layer
 from kronfac.optim.structures import Factorisation, Structure
 
@@ -84,19 +84,41 @@ def factorise(
 
 
 def precondition(
-    structure: Structure, grads: Sequence[Tensor], factorisations: Sequence[Factorisation], damping: Sequence[float]
+    structure: Structure,
+    grads: Sequence[Callable[[], Tensor]],
+    factorisations: Sequence[Factorisation],
+    damping: Sequence[float],
+    rows: Sequence[GradientRows | None],
 ) -> Preconditioned:
-    """Precondition several layers, one call per dtype and device."""
+    """Precondition several layers, one call per dtype and device, or one per layer where its rows are at hand.
+
+    Args:
+        structure: how factors are applied.
+        grads: make V of each layer.
+        factorisations: of each layer.
+        damping: of each layer.
+        rows: that may form V of a layer; tested here.
+    """
+    matrices: list[Tensor] = [torch.empty(0)] * len(grads)
+    dots: list[tuple[list[int], Tensor]] = []
+    rest: list[int] = []
+    for index, (some, factorisation) in enumerate(zip(rows, factorisations, strict=True)):
+        if some is not None and structure.by_rows and some.form():
+            matrices[index], dot = structure.apply_rows(some, factorisation)
+            dots.append(([index], dot.reshape(1)))
+        else:
+            rest.append(index)
+    values = [grads[index]() for index in rest]
     # In float16 a preconditioned gradient overflows where its scaled-down update would not.
-    grads = [grad.float() if grad.dtype == torch.float16 else grad for grad in grads]
-    matrices, dots = list(grads), []
-    for chosen in _buckets((grad.dtype, grad.device) for grad in grads):
+    values = [value.float() if value.dtype == torch.float16 else value for value in values]
+    for chosen in _buckets((value.dtype, value.device) for value in values):
+        layers = [rest[i] for i in chosen]
         out, products = structure.apply(
-            [grads[i] for i in chosen], [factorisations[i] for i in chosen], [damping[i] for i in chosen]
+            [values[i] for i in chosen], [factorisations[i] for i in layers], [damping[i] for i in layers]
         )
-        for index, matrix in zip(chosen, out, strict=True):
+        for index, matrix in zip(layers, out, strict=True):
             matrices[index] = matrix
-        dots.append((chosen, products))
+        dots.append((layers, products))
     return Preconditioned(matrices, dots)
 
 

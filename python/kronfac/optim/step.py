@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kronfac.curvature import ScaledSums
+from kronfac.curvature import GradientRows, ScaledSums
 from kronfac.optim.layers import Layer
 from kronfac.optim.refresh import (
     Average,
@@ -55,6 +56,7 @@ def advance(
     factor_decay: float,
     step: int,
     found_inf: Tensor | None = None,
+    rows: Mapping[str, GradientRows] | None = None,
 ) -> Outcome:
     """Take one step: statistics into the averages, inverses when due, preconditioned gradients into the parameters.
 
@@ -69,6 +71,7 @@ def advance(
         factor_decay: long-run decay of the averages.
         step: 0-based number of this step.
         found_inf: GradScaler's verdict; anything but 0 skips the step.
+        rows: by layer name, what may form the layer's gradient.
     """
     home = next((p.device for group in groups for p in group["params"]), torch.device("cpu"))
     flags = sums_finite(fresh.values())
@@ -97,8 +100,16 @@ def advance(
         if factorisation is not None:
             ready.append(layer)
             current.append(factorisation)
-    matrices = [_regularised_gradient(layer, groups) for layer in ready]
-    done = precondition(structure, matrices, current, [_damping(layer, groups) for layer in ready])
+    done = precondition(
+        structure,
+        [partial(_regularised_gradient, layer, groups) for layer in ready],
+        current,
+        [_damping(layer, groups) for layer in ready],
+        [
+            None if rows is None or any(_l2(groups[i]) for i in layer.groups) else rows.get(layer.name)
+            for layer in ready
+        ],
+    )
     # A non-finite entry of V makes ⟨P, V⟩ non-finite: P holds its products with whole rows and columns of the inverses.
     flags.extend(products.isfinite().all() for _, products in done.dots)
     seen = {id(p) for layer in ready for p in layer.parameters}

@@ -12,7 +12,7 @@ from typing import Protocol, TypeAlias
 
 from torch import Tensor
 
-from kronfac.curvature import KroneckerFactors
+from kronfac.curvature import GradientRows, KroneckerFactors
 
 Factorisation: TypeAlias = "dict[str, Tensor]"
 """What `Structure.factorise` keeps per layer: tensors by name, which is also what a checkpoint stores."""
@@ -42,6 +42,10 @@ class Structure(Protocol):
     def name(self) -> str:
         """Names the structure and the way it is inverted; a checkpoint of another name is refused."""
 
+    @property
+    def by_rows(self) -> bool:
+        """Whether `apply_rows` is there."""
+
     def shapes(self, outputs: int, inputs: int) -> Mapping[str, tuple[int, ...]]:
         """Shape of each tensor of a layer's `Factorisation`; a checkpoint is checked against it."""
 
@@ -60,4 +64,15 @@ class Structure(Protocol):
 
         Returns:
             P_i (out_i, in_i) in the dtype of V_i, and ⟨P_i, V_i⟩ as one tensor (number of layers,).
+        """
+
+    def apply_rows(self, rows: GradientRows, factorisation: Factorisation) -> tuple[Tensor, Tensor]:
+        """Precondition V = gᵀ [a 1] from its rows, without V; called only where `by_rows` and the rows form V.
+
+        Args:
+            rows: of one layer; `GradientRows.form` has said yes.
+            factorisation: of the layer.
+
+        Returns:
+            P (out, in), and ⟨P, V⟩ of shape ().
         """

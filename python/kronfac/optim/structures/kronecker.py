@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kronfac import ops
-from kronfac.curvature import KroneckerFactors
+from kronfac.curvature import GradientRows, KroneckerFactors
 from kronfac.linalg.damped import damped_inverses, eigenbases, factored_damping
 from kronfac.optim.structures.base import Factorisation, Factorised
 
@@ -20,6 +20,7 @@ class KroneckerInverse:
     """
 
     name = "kfac/inverse"
+    by_rows = True
 
     def shapes(self, outputs: int, inputs: int) -> Mapping[str, tuple[int, ...]]:
         """The inverses of the damped G ("left") and A ("right")."""
@@ -43,11 +44,28 @@ class KroneckerInverse:
         del damping
         return ops.kron_precondition(grads, [f["left"] for f in factorisations], [f["right"] for f in factorisations])
 
+    def apply_rows(self, rows: GradientRows, factorisation: Factorisation) -> tuple[Tensor, Tensor]:
+        """See `Structure.apply_rows`: (g G⁻¹)ᵀ ([a 1] A⁻¹)."""
+        left, right, x, g = factorisation["left"], factorisation["right"], rows.x, rows.g
+        assert g is not None
+        y = g @ left
+        if rows.adapter.has_bias:
+            inputs = x.shape[1]
+            z = torch.addmm(right[inputs], x, right[:inputs])
+            # ⟨yᵀ z, gᵀ [x 1]⟩ is the sum over all pairs of rows of ⟨y_i, g_j⟩ ⟨z_i, [x_j 1]⟩.
+            pairs = torch.addmm(z[:, inputs:], z[:, :inputs], x.mT)
+        else:
+            z = x @ right
+            pairs = z @ x.mT
+        dot = (y @ g.mT).mul_(pairs).sum(dtype=torch.float64).to(pairs.dtype)
+        return y.mT @ z, dot
+
 
 class KroneckerEigen:
     """P = Q_G [(Q_Gᵀ V Q_A) ⊘ (λ_G λ_Aᵀ + λ)] Q_Aᵀ: exact damping in the eigenbasis; λ may change at every step."""
 
     name = "kfac/eigen"
+    by_rows = False  # the division in the eigenbasis needs the matrix
 
     def shapes(self, outputs: int, inputs: int) -> Mapping[str, tuple[int, ...]]:
         """Eigenvectors of G ("left_vectors") and A ("right_vectors"), eigenvalues of their product as a matrix."""
@@ -82,6 +100,10 @@ class KroneckerEigen:
             eigenvalues,
             _per_layer(damping, eigenvalues),
         )
+
+    def apply_rows(self, rows: GradientRows, factorisation: Factorisation) -> tuple[Tensor, Tensor]:
+        """There is no such way."""
+        raise NotImplementedError("KroneckerEigen.apply_rows: by_rows is False")
 
 
 def _per_layer(values: Sequence[float], like: Sequence[Tensor]) -> Tensor:
