@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kronfac.curvature import GradientRows
+from kronfac.curvature import rows as rows_module
 from kronfac.curvature.rows import RowKeeper
 from kronfac.optim import KFAC
 from kronfac.optim.structures import Factorisation
@@ -21,6 +22,11 @@ from kronfac.optim.structures.kronecker import KroneckerInverse
 from tests.optim.models import equal, frozen_state, mlp, same_tree, snapshot, train_step, vectors
 from tests.optim.reference import ReferenceKFAC
 from tests.optim.test_step import weight_matrices
+
+
+@pytest.fixture(autouse=True)
+def _small_layers_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows_module, "_LEAST", 0)
 
 
 @pytest.fixture
@@ -231,6 +237,14 @@ def test_many_rows_and_narrow_layers_go_through_the_matrix(applied: list[int]) -
     for count in (64, 8):
         train_step(model, optimizer, *vectors(count, 64, 3))
     assert applied == [8, 8]
+
+
+def test_small_layers_go_through_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    model = mlp(64, 48, 256, 256, 3)
+    optimizer = KFAC(model, 0.1)
+    assert optimizer._recorder is not None
+    assert list(optimizer._recorder.rows.limits) == ["4"]
 
 
 def test_bfloat16_goes_through_the_matrix(applied: list[int]) -> None:

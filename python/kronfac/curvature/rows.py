@@ -21,6 +21,7 @@ from kronfac.curvature.forward import OutputEdge, OutputView
 from kronfac.curvature.linear import LinearAdapter
 
 _GAIN = 0.5  # share of the operations of the other way below which this one was measured to be faster
+_LEAST = 2e7  # operations of the other way below which the calls that this one takes cost more than they save
 _SLACK = 8.0  # what is allowed for rounding, in units of eps·‖g‖·‖a‖; 0.3 is usual
 
 
@@ -140,6 +141,8 @@ def _limit(adapter: LayerAdapter) -> int:
         return 0
     inputs, outputs = adapter.factor_sizes
     two_sided = inputs * outputs * (inputs + outputs)
+    if 2 * two_sided < _LEAST:
+        return 0
     per_row = inputs * inputs + outputs * outputs + inputs * outputs
     return int(_GAIN * two_sided / per_row)
 

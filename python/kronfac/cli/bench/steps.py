@@ -223,8 +223,9 @@ def run_steps(
 
     Returns:
         One entry of a report: per side the median time of each kind of step, its phases, the amortised mean per step
-        (medians weighted by how often each kind occurs), the plain mean over all whole periods, and `ratio`, the
-        amortised mean over SGD's median step.
+        (medians weighted by how often each kind occurs), the plain mean over all whole periods, `ratio`, the amortised
+        mean over SGD's median step, and `cycle_ratio`: the time of a whole period over that of SGD's steps beside it,
+        median over the periods. No kind of step hides behind another in that one.
     """
     chosen: dict[str, MakeTrainer] = {SGD: sgd, **({"kronfac": kfac} if makers is None else makers)}
     with threads(thread_count):
@@ -254,6 +255,9 @@ def run_steps(
         name: summarise(records, {"plain": 1.0} if name == SGD else schedule.shares(), base)
         for name, records in recorded.items()
     }
+    cycles = {name: cycle_times(records, schedule.inverse_every) for name, records in recorded.items()}
+    for name, times in cycles.items():
+        sides[name]["cycle_ratio"] = statistics.median(a / b for a, b in zip(times, cycles[SGD], strict=True))
     for name, operators in profiles.items():
         sides[name]["operators"] = operators
     return {
@@ -292,6 +296,17 @@ def summarise(records: Sequence[tuple[str, Phases]], shares: Mapping[str, float]
     }
 
 
+def cycle_times(records: Sequence[tuple[str, Phases]], period: int) -> list[float]:
+    """Seconds per step of each whole period.
+
+    Args:
+        records: (kind of step, seconds by phase), whole periods one after another.
+        period: steps in one.
+    """
+    times = [sum(phases.values()) for _, phases in records]
+    return [statistics.fmean(times[start : start + period]) for start in range(0, len(times), period)]
+
+
 def operator_times(step: Callable[[], object], count: int, limit: int = 15) -> list[dict[str, Any]]:
     """The operators that most time was spent in itself, over `count` steps; the last entry is all others together."""
     from torch.profiler import ProfilerActivity
@@ -326,7 +341,10 @@ def step_lines(entry: Mapping[str, Any]) -> list[str]:
     ]
     for name, side in entry["sides"].items():
         kinds = ", ".join(f"{kind} {_kind_text(found)}" for kind, found in side["kinds"].items())
-        lines.append(f"  {name:<14} {side['amortised'] * 1e3:8.2f} ms/step  {side['ratio']:6.2f}x   {kinds}")
+        lines.append(
+            f"  {name:<14} {side['amortised'] * 1e3:8.2f} ms/step  {side['ratio']:6.2f}x  cycle "
+            f"{side['cycle_ratio']:6.2f}x   {kinds}"
+        )
         for row in side.get("operators", ()):
             lines.append(
                 f"      {row['share']:6.1%}  {row['seconds_per_step'] * 1e3:9.3f} ms  "
