@@ -22,7 +22,7 @@ from kronfac.cli.bench.measure import Timing, by_turns, calls_per_sample, quarti
 from kronfac.cli.bench.networks import NETWORKS, factor_sizes, layer_shapes
 from kronfac.cli.bench.operators import prepare
 from kronfac.cli.bench.peak import Peak, measure_peak
-from kronfac.cli.bench.steps import WORKLOADS, OptimizerTrainer, Schedule, kfac, run_steps, summarise
+from kronfac.cli.bench.steps import WORKLOADS, OptimizerTrainer, Schedule, cycle_times, kfac, run_steps, summarise
 from kronfac.cli.errors import RunError
 from tests.cli.conftest import Kronfac
 
@@ -203,6 +203,12 @@ def test_amortised_step_weighs_the_medians_of_each_kind() -> None:
     assert found["kinds"]["plain"]["count"] == 4
 
 
+def test_time_of_a_cycle_counts_every_step_of_it() -> None:
+    records = [("plain", {"forward": 1.0, "step": 2.0}), ("inverse", {"forward": 1.0, "step": 10.0})]
+    records += [("plain", {"forward": 1.0, "step": 4.0}), ("inverse", {"forward": 1.0, "step": 20.0})]
+    assert cycle_times(records, 2) == [7.0, 13.0]
+
+
 def test_steps_of_both_sides_are_counted_by_kind() -> None:
     entry = run_steps(WORKLOADS["resnet20"], Schedule(2, 4), 1, periods=1, batch=2)
     assert {kind: found["count"] for kind, found in entry["sides"]["kronfac"]["kinds"].items()} == {
@@ -212,6 +218,8 @@ def test_steps_of_both_sides_are_counted_by_kind() -> None:
     }
     assert entry["sides"]["sgd"]["kinds"]["plain"]["count"] == 4
     assert entry["sides"]["sgd"]["ratio"] == pytest.approx(1.0)
+    assert entry["sides"]["sgd"]["cycle_ratio"] == 1.0
+    assert entry["sides"]["kronfac"]["cycle_ratio"] > 0
     json.dumps(entry, allow_nan=False)
 
 

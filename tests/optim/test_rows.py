@@ -336,3 +336,30 @@ def test_one_bad_entry_outside_the_layers_skips_the_step(bad: float, size: int) 
     model[0].weight.grad[size - 2] = 1e30  # type: ignore[index, union-attr]
     optimizer.step()
     assert optimizer.skipped_steps == 1
+
+
+class Shifted(nn.Module):
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.layer, self.shift = nn.Linear(4, 3), nn.Parameter(torch.zeros(3, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shift = self.shift.abs() if self.shift.is_complex() else self.shift
+        return self.layer(x) + shift.float()
+
+
+@pytest.mark.filterwarnings("ignore:.*covered by no layer adapter:UserWarning")
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float16, torch.bfloat16, torch.float64])
+def test_gradients_of_any_type_are_checked(dtype: torch.dtype) -> None:
+    model = Shifted(dtype)
+    nn.init.ones_(model.shift)
+    optimizer = KFAC(model, 0.1)
+    x, y = vectors(8, 4, 3)
+    train_step(model, optimizer, x, y)
+    assert optimizer.skipped_steps == 0
+    functional.cross_entropy(model(x), y).backward()
+    assert model.shift.grad is not None
+    model.shift.grad[1] = math.nan
+    with pytest.warns(UserWarning, match="not finite"):
+        optimizer.step()
+    assert optimizer.skipped_steps == 1

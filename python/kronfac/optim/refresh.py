@@ -124,7 +124,11 @@ def precondition(
 
 def all_finite(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Whether all entries are finite: one bool tensor () per dtype and device, without host synchronisation."""
-    full = [tensor for tensor in tensors if tensor.numel()]
+    full = [
+        torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+        for tensor in tensors
+        if tensor.numel()
+    ]
     flags = []
     for chosen in _buckets((tensor.dtype, tensor.device) for tensor in full):
         some = [full[i] for i in chosen]
