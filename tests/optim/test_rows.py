@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from kronfac.curvature import GradientRows
 from kronfac.curvature import rows as rows_module
@@ -95,8 +96,9 @@ def both(
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("fisher", ["mc", "exact", "empirical"])
 def test_tokens_in_place_activations_and_layers_without_bias(
-    applied: list[int], monkeypatch: pytest.MonkeyPatch
+    fisher: str, applied: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x, y = torch.randn(4, 5, 96), torch.randint(5, (4,))
 
@@ -104,8 +106,31 @@ def test_tokens_in_place_activations_and_layers_without_bias(
         for _ in range(4):
             train_step(model, optimizer, x, y)
 
-    both(Tokens(), monkeypatch, run, inverse_every=2)
+    both(Tokens(), monkeypatch, run, inverse_every=2, fisher=fisher)
     assert applied == [20] * 8
+
+
+class Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = mlp(64, 48, 40), nn.Linear(40, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden: Tensor = checkpoint(self.body, x, use_reentrant=False)
+        return self.head(hidden)
+
+
+def test_layers_that_are_recomputed_in_the_backward_count_once(
+    applied: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, y = vectors(8, 64, 3)
+
+    def run(model: nn.Module, optimizer: KFAC) -> None:
+        for _ in range(3):
+            train_step(model, optimizer, x, y)
+
+    both(Checkpointed(), monkeypatch, run, factor_every=2)
+    assert applied == [8] * 6
 
 
 def _clip(model: nn.Module) -> None:
