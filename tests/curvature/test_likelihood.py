@@ -37,6 +37,20 @@ def independent_terms(likelihood: Likelihood, shape: tuple[int, ...]) -> Tensor:
     return position.reshape(-1, 1) == position.reshape(1, -1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dim", [1, 2])
+def test_classes_are_drawn_as_often_as_they_are_likely(dim: int, dtype: torch.dtype) -> None:
+    # Impossible classes at either end and between; a likely one; some that are next to impossible.
+    p = torch.tensor([0.0, 0.25, 0.0, 0.5, 1e-9, 0.24, 0.01, 0.0], dtype=torch.float64)
+    logits = p.log().to(dtype).expand(300, 400, 8).movedim(-1, dim)
+    gradients = Categorical(dim=dim).sample_gradients(logits, Generator().manual_seed(3), None)
+    drawn = gradients.movedim(dim, -1) < -1e-3  # p - 1 at the class that was drawn, p elsewhere
+    assert (drawn.sum(-1) == 1).all()
+    frequency = drawn.double().mean((0, 1))
+    assert (frequency[p == 0] == 0).all()
+    assert ((frequency - p).abs() <= 5 * (p * (1 - p) / 120000).sqrt() + 1e-5).all()
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("case", CASES)
 def test_exact_columns_and_draws_agree(case: str, masked: bool) -> None:
