@@ -26,6 +26,9 @@ struct GemmChunks {
   }
 };
 
+// Sums of a chunk, block after block: rows of C may be a power of two apart, which few cache sets would have to hold.
+inline constexpr int64_t kChunkBytes = kChunkArea * static_cast<int64_t>(sizeof(float));
+
 struct GemmSplitLayout {
   int64_t left, right, staging;  // bytes
   GemmSplitLayout(int64_t m, int64_t n, int64_t k) {
@@ -35,7 +38,7 @@ struct GemmSplitLayout {
     right = strip_count(chunks.columns) * bytes;
     staging = terms * kStripLines * static_cast<int64_t>(sizeof(float));
   }
-  int64_t bytes() const { return left + right + staging; }
+  int64_t bytes() const { return kChunkBytes + left + right + staging; }
 
   // For any product of at most these sizes: one of fewer rows may have chunks of more columns. Of two sides whose
   // product is bounded the sum is largest where one of them is.
@@ -44,10 +47,18 @@ struct GemmSplitLayout {
     const int64_t rows = smaller(round_up(m, kBlock), kChunkSide), columns = smaller(round_up(n, kBlock), 2048);
     const int64_t tall = rows + smaller(columns, kChunkArea / larger(rows, 1)),
                   wide = columns + smaller(rows, kChunkArea / larger(columns, 1));
-    return strip_count(larger(tall, wide) + kBlock) * strip_bytes(terms, kFloatParts) +
+    return kChunkBytes + strip_count(larger(tall, wide) + kBlock) * strip_bytes(terms, kFloatParts) +
            terms * kStripLines * static_cast<int64_t>(sizeof(float));
   }
 };
+
+// sums := block, or += where not fresh; whole blocks.
+static inline __attribute__((always_inline)) void add_block(const float* block, bool fresh, float* sums) {
+#pragma GCC unroll 4
+  for (int64_t at = 0; at < kBlock * kBlock; at += kLanes<float>) {
+    store(sums + at, fresh ? load(block + at) : load(sums + at) + load(block + at));
+  }
+}
 
 static inline void gemm_split(int64_t m, int64_t n, int64_t k, float alpha, const Matrix& a, const Matrix& b,
                               float beta, float* c, int64_t ldc, const Triangle& triangle, void* scratch) {
@@ -55,7 +66,8 @@ static inline void gemm_split(int64_t m, int64_t n, int64_t k, float alpha, cons
   constexpr int64_t run = kSplitTerms<parts>;
   const GemmChunks chunks(m, n);
   const GemmSplitLayout layout(m, n, k);
-  char* left = static_cast<char*>(scratch);
+  float* sums = static_cast<float*>(scratch);
+  char* left = static_cast<char*>(scratch) + kChunkBytes;
   char* right = left + layout.left;
   float* staging = reinterpret_cast<float*>(right + layout.right);
   const Matrix rows_of_a = a.transposed();
@@ -73,11 +85,14 @@ static inline void gemm_split(int64_t m, int64_t n, int64_t k, float alpha, cons
         // All of B's terms at hand serve all chunks of rows.
         if (!packed || k > run) pack_strips<parts>(b, p, terms, j0, nc, nullptr, right, staging);
         packed = true;
-        const float keep = p == 0 ? beta : 1;
+        const bool first = p == 0, last = p + run >= k;
         multiply_chunk<parts>(mc, nc, terms, left, right, below,
-                              [&](const float* block, int64_t i, int64_t j, int64_t rows, int64_t columns) {
+                              [&](float* block, int64_t i, int64_t j, int64_t rows, int64_t columns) {
+                                float* sum = sums + (j * chunks.rows + i * kBlock);
+                                if (!last) return add_block(block, first, sum);
+                                if (!first) add_block(sum, false, block);
                                 for (int64_t r = 0; r < rows; ++r) {
-                                  merge_row(block + r * kBlock, smaller(columns, below + i + r + 1 - j), alpha, keep,
+                                  merge_row(block + r * kBlock, smaller(columns, below + i + r + 1 - j), alpha, beta,
                                             c + (i0 + i + r) * ldc + j0 + j);
                                 }
                               });

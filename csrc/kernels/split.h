@@ -329,9 +329,10 @@ static inline void multiply_chunk(int64_t rows, int64_t columns, int64_t terms, 
 // c := beta * c + alpha * block for `columns` entries of one row.
 static inline __attribute__((always_inline)) void merge_row(const float* block, int64_t columns, float alpha,
                                                             float beta, float* c) {
-  if (columns == kBlock && beta == 1) {
-    store(c, load(c) + alpha * load(block));
-    store(c + kStripLines, load(c + kStripLines) + alpha * load(block + kStripLines));
+  if (columns == kBlock) {
+    const Vector<float> v = alpha * load(block), w = alpha * load(block + kStripLines);
+    store(c, beta == 0 ? v : beta * load(c) + v);
+    store(c + kStripLines, beta == 0 ? w : beta * load(c + kStripLines) + w);
     return;
   }
   for (int64_t j = 0; j < columns; j += kLanes<float>) {
