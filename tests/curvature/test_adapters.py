@@ -140,12 +140,11 @@ def _pruned() -> nn.Module:
 @pytest.mark.parametrize(
     "module",
     [
-        nn.Conv2d(4, 4, 3, groups=2),
-        nn.Conv2d(4, 4, 3, groups=4),
-        nn.ConvTranspose2d(2, 3, 3),
-        nn.Conv1d(2, 3, 3),
-        nn.BatchNorm2d(3),
-        nn.Embedding(3, 4),
+        nn.Embedding(3, 4, max_norm=1.0),
+        nn.EmbeddingBag(3, 4),
+        nn.LSTM(3, 4),
+        nn.GRUCell(3, 4),
+        nn.SyncBatchNorm(3),
         nn.Bilinear(2, 2, 2),
         nn.MultiheadAttention(4, 2).out_proj,
         OwnForward(3, 3),
@@ -223,6 +222,8 @@ def test_an_adapter_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
     got = factors(net, x, likelihood="gaussian", fisher="exact")["layer"]
     torch.testing.assert_close(got.A, 4 * x.T @ x / 6)
     torch.testing.assert_close(got.G, torch.eye(4, dtype=torch.float64))
+    with pytest.raises(ValueError, match="layer 'layer': DoubledAdapter follows 'expand', got 'reduce'"):
+        factors(net, x, likelihood="gaussian", fisher="exact", sharing="reduce")
 
 
 def test_register_adapter_refuses_what_is_none() -> None:

@@ -47,7 +47,9 @@ def dense(model: nn.Module, got: dict[str, KroneckerFactors]) -> Tensor:
     return torch.block_diag(*blocks)
 
 
-def theirs(model: nn.Module, loss: nn.Module, data: list[tuple[Tensor, Tensor]]) -> Tensor:
+def theirs(
+    model: nn.Module, loss: nn.Module, data: list[tuple[Tensor, Tensor]], approximation: str = "EXPAND"
+) -> Tensor:
     parameters = list(model.parameters())
     operator = curvlinops.KFACLinearOperator(
         model,
@@ -55,7 +57,7 @@ def theirs(model: nn.Module, loss: nn.Module, data: list[tuple[Tensor, Tensor]])
         parameters,
         data,
         fisher_type=curvlinops.FisherType.TYPE2,
-        kfac_approx=curvlinops.KFACType.EXPAND,
+        kfac_approx=curvlinops.KFACType[approximation],
         separate_weight_and_bias=False,
         check_deterministic=False,
     )
@@ -96,6 +98,20 @@ def test_product_equals_curvlinops(kind: str, batches: int, reduction: str) -> N
     got = dense(model, factors(model, data, likelihood=likelihood, fisher="exact"))
     scale = terms if reduction == "sum" else 1  # the curvature of a sum is M times that of the mean
     assert relative(scale * got, expected) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["convnet", "pooled tokens"])
+@pytest.mark.filterwarnings("ignore")
+def test_reduced_product_equals_curvlinops(kind: str) -> None:
+    torch.manual_seed(3)
+    if kind == "convnet":
+        model, shape = plain_convnet().double(), (2, 7, 6)
+    else:
+        model, shape = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Flatten(), nn.Linear(30, 4)).double(), (5, 3)
+    x, y = torch.randn(9, *shape, dtype=torch.float64), torch.randint(4, (9,))
+    data = [(x[:4], y[:4]), (x[4:], y[4:])]
+    got = dense(model, factors(model, data, likelihood="categorical", fisher="exact", sharing="reduce"))
+    assert relative(got, theirs(model, nn.CrossEntropyLoss(), data, "REDUCE")) < 1e-5
 
 
 class ClassesFirst(nn.Module):

@@ -155,8 +155,8 @@ def test_bad_arguments() -> None:
         factors(model, x[:0], likelihood="categorical", fisher="mc")
     with pytest.raises(ValueError, match="fisher: expected one of"):
         factors(model, x, likelihood="categorical", fisher="full")
-    with pytest.raises(ValueError, match='"reduce" is not available yet'):
-        factors(model, x, likelihood="categorical", fisher="mc", sharing="reduce")
+    with pytest.raises(ValueError, match="sharing: expected one of 'expand', 'reduce', got 'average'"):
+        factors(model, x, likelihood="categorical", fisher="mc", sharing="average")
     with pytest.raises(TypeError, match=r"data: expected batches \(inputs, targets\).*got a Tensor"):
         factors(model, x, likelihood="categorical", fisher="empirical")
     with pytest.raises(TypeError, match="data: expected a batch or an iterable of batches, got a int"):

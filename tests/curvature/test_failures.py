@@ -155,8 +155,8 @@ def test_options() -> None:
         Recorder(model, layers, fisher="true")
     with pytest.raises(ValueError, match="reduction: expected one of"):
         Recorder(model, layers, reduction="none")
-    with pytest.raises(ValueError, match=r"sharing: .*'reduce'; \"reduce\" is not available yet"):
-        Recorder(model, layers, sharing="reduce")
+    with pytest.raises(ValueError, match="sharing: expected one of 'expand', 'reduce', got 'average'"):
+        Recorder(model, layers, sharing="average")
     with pytest.raises(ValueError, match="fisher_samples: expected at least 1, got 0"):
         Recorder(model, layers, fisher_samples=0)
     with pytest.raises(TypeError, match=r"fisher_samples: expected an int, got 1\.5"):

@@ -15,20 +15,20 @@ from tests.optim.models import equal, mlp, snapshot, train_step, vectors
 
 
 class Mixed(nn.Module):
-    """Covered layers beside a norm, an embedding, a grouped convolution and a parameter of the model's own."""
+    """Covered layers beside an embedding bag, a recurrent layer, an activation and a parameter of the model's own."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(7, 4)
+        self.embedding = nn.EmbeddingBag(7, 4)
         self.first = nn.Linear(4, 6)
-        self.norm = nn.LayerNorm(6)
-        self.grouped = nn.Conv1d(6, 6, 1, groups=2)
+        self.activation = nn.PReLU(6)
+        self.recurrent = nn.GRUCell(6, 6)
         self.scale = nn.Parameter(torch.ones(6))
         self.last = nn.Linear(6, 3)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        hidden = self.norm(torch.tanh(self.first(self.embedding(tokens).mean(1))))
-        return self.last(self.grouped(hidden[:, :, None])[:, :, 0] * self.scale)  # type: ignore[no-any-return]
+        hidden = self.recurrent(self.activation(self.first(self.embedding(tokens))))
+        return self.last(hidden * self.scale)  # type: ignore[no-any-return]
 
 
 def test_one_warning_names_every_uncovered_parameter() -> None:
@@ -41,11 +41,10 @@ def test_one_warning_names_every_uncovered_parameter() -> None:
     messages = [str(w.message) for w in caught if "KFAC" in str(w.message)]
     assert len(messages) == 1
     for name in (
-        "embedding.weight (Embedding)",
-        "norm.weight (LayerNorm)",
-        "norm.bias (LayerNorm)",
-        "grouped.weight (Conv1d)",
-        "grouped.bias (Conv1d)",
+        "embedding.weight (EmbeddingBag)",
+        "activation.weight (PReLU)",
+        "recurrent.weight_ih (GRUCell)",
+        "recurrent.bias_hh (GRUCell)",
         "scale (Mixed)",
     ):
         assert name in messages[0]
@@ -60,7 +59,7 @@ def test_uncovered_parameters_train_as_sgd(nesterov: bool, weight_decay: float) 
     model = Mixed()
     options = {"momentum": 0.8, "nesterov": nesterov, "weight_decay": weight_decay}
     optimizer = KFAC(model, 0.1, **options)  # type: ignore[arg-type]
-    names = ["embedding.weight", "norm.weight", "norm.bias", "grouped.weight", "grouped.bias", "scale"]
+    names = ["embedding.weight", "activation.weight", "recurrent.weight_hh", "recurrent.bias_ih", "scale"]
     ours = dict(model.named_parameters())
     twins = [ours[name].detach().clone().requires_grad_() for name in names]
     sgd = torch.optim.SGD(twins, lr=0.1, **options)  # type: ignore[arg-type]
@@ -76,34 +75,14 @@ def test_uncovered_parameters_train_as_sgd(nesterov: bool, weight_decay: float) 
 
 
 def test_a_model_without_any_covered_layer_still_trains() -> None:
-    model = nn.Sequential(nn.BatchNorm1d(3))
-    with pytest.warns(UserWarning, match=r"0\.weight \(BatchNorm1d\)"):
+    model = nn.Sequential(nn.PReLU(3))
+    with pytest.warns(UserWarning, match=r"0\.weight \(PReLU\)"):
         optimizer = KFAC(model, 0.1)
     before = snapshot(model)
     train_step(model, optimizer, *vectors(5, 3, 2))
     assert not equal(before, snapshot(model))
     assert optimizer.factors() == {}
     assert optimizer.state_dict()["kronfac"]["counters"]["step"] == 1
-
-
-def test_the_output_projection_of_attention_is_never_frozen() -> None:
-    """nn.MultiheadAttention uses out_proj without calling it as a module."""
-
-    class Attentive(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
-            self.head = nn.Linear(4, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(self.attention(x, x, x, need_weights=False)[0].mean(1))  # type: ignore[no-any-return]
-
-    model = Attentive()
-    with pytest.warns(UserWarning, match=r"attention\.out_proj\.weight"):
-        optimizer = KFAC(model, 0.1)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    train_step(model, optimizer, torch.randn(5, 3, 4), torch.randint(3, (5,)))
-    assert all(not torch.equal(before[name], p) for name, p in model.named_parameters())
 
 
 def test_a_covered_layer_whose_module_is_never_called_trains_as_sgd_after_one_warning() -> None:
@@ -298,7 +277,7 @@ def test_a_layer_added_later_does_not_wait_for_the_next_due_step() -> None:
 
 def test_warnings_point_at_the_users_line() -> None:
     with pytest.warns(UserWarning, match="trains? as SGD") as caught:
-        KFAC(nn.Sequential(nn.BatchNorm1d(3)), 0.1)
+        KFAC(nn.Sequential(nn.PReLU(3)), 0.1)
     assert caught[0].filename == __file__
 
 

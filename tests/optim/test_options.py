@@ -67,7 +67,6 @@ def test_bad_options_are_refused_by_name_and_leave_no_hooks(option: str, value: 
         {"structure": "mini_block"},
         {"structure": "doubly_factored"},
         {"structure": "tridiagonal"},
-        {"sharing": "reduce"},
         {"adaptive": True},
         {"max_staleness": 2},
     ],
@@ -132,7 +131,7 @@ def test_groups_inherit_defaults_and_override_them() -> None:
         ({"dampng": 1.0}, ValueError, r"params\[0\]: dampng: not an option"),
         ({"fisher": "exact"}, ValueError, "fisher: not an option of a param group"),
         ({"damping": -1.0}, ValueError, r"params\[0\]: damping"),
-        ({"sharing": "reduce"}, ValueError, "not available yet"),
+        ({"sharing": "average"}, ValueError, "expected one of 'expand', 'reduce'"),
     ],
 )
 def test_bad_groups_are_refused(extra: dict[str, Any], error: type[Exception], match: str) -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from kronfac.curvature.adapter import LayerAdapter
+from kronfac.curvature.attention import ProjectionAdapter
 from kronfac.curvature.conv import ConvAdapter
+from kronfac.curvature.conv_transpose import ConvTransposeAdapter
+from kronfac.curvature.embedding import EmbeddingAdapter
 from kronfac.curvature.factors import factors
 from kronfac.curvature.hooks import unrecorded
 from kronfac.curvature.likelihood import Bernoulli, Categorical, Gaussian, Likelihood, resolve_likelihood
 from kronfac.curvature.linear import LinearAdapter
+from kronfac.curvature.norm import NormAdapter
 from kronfac.curvature.recorder import Recorder
-from kronfac.curvature.registry import adapter_for, find_layers, register_adapter
+from kronfac.curvature.registry import adapter_for, adapters_for, find_layers, register_adapter
 from kronfac.curvature.rows import GradientRows
 from kronfac.curvature.statistics import KroneckerFactors, LayerStatistics, Pending, ScaledSums
 
@@ -17,6 +21,8 @@ __all__ = [
     "Bernoulli",
     "Categorical",
     "ConvAdapter",
+    "ConvTransposeAdapter",
+    "EmbeddingAdapter",
     "Gaussian",
     "GradientRows",
     "KroneckerFactors",
@@ -24,10 +30,13 @@ __all__ = [
     "LayerStatistics",
     "Likelihood",
     "LinearAdapter",
+    "NormAdapter",
     "Pending",
+    "ProjectionAdapter",
     "Recorder",
     "ScaledSums",
     "adapter_for",
+    "adapters_for",
     "factors",
     "find_layers",
     "register_adapter",

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from kronfac.ops import covariance, covariance_
+
+Block: TypeAlias = Literal["kronecker", "diagonal_input", "dense"]
+"""What a layer's Fisher block A ⊗ G is made of.
+
+"kronecker": A (in, in) and G (out, out), or one pair per group, (groups, in, in) and (groups, out, out).
+"diagonal_input": A is diagonal and kept as the vector (in,); G (out, out).
+"dense": A is 1 and the block is G, (out, out) or (groups, out, out): the second moment of the gradient itself.
+"""
 
 
 class LayerAdapter(ABC):
@@ -28,19 +37,48 @@ class LayerAdapter(ABC):
 
     Attributes:
         module: the layer.
-        in_features: columns of W without the bias.
-        out_features: rows of W.
+        in_features: columns of W without the bias, of one group.
+        out_features: rows of W, of one group.
         has_bias: whether W's last column is the bias.
-        groups: independent factor pairs; 1 for every layer that is covered so far.
+        groups: independent factor pairs; 1 for a layer with one pair, whose tensors have no axis for groups.
+        sharing: "expand" or "reduce", how the positions of a shared layer enter the statistics. Set by whoever takes
+            them.
+        block: what the Fisher block is made of.
+        sharings: the values of `sharing` that the adapter follows.
+        keeps_input: whether `layer_gradient` wants the input.
+        leading_positions: whether all leading dimensions of input and output are positions, so that the examples may
+            be the second one: (T, N, ...). Where whole examples count, a Linear is refused then, and a norm follows.
+        slices: the rows of each of its `owners` that the layer has, None for all of them.
     """
+
+    block: Block = "kronecker"
+    sharings: tuple[str, ...] = ("expand",)
+    keeps_input: bool = False
+    leading_positions: bool = False
+    slices: tuple[slice, ...] | None = None
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         weight = self.weight
         self.out_features: int = weight.shape[0]
         self.in_features: int = weight[0].numel() if weight.shape[0] else 0
-        self.has_bias: bool = self.bias is not None and self.bias.requires_grad
+        owner = self.owners[1]
+        self.has_bias: bool = owner is not None and owner.requires_grad
         self.groups: int = 1
+        self.sharing: str = "expand"
+
+    @classmethod
+    def layers_of(cls, module: nn.Module) -> dict[str, LayerAdapter]:
+        """The adapters of a module, by the name that each adds to the module's.
+
+        Args:
+            module: supported.
+
+        Returns:
+            By default one adapter under the module's own name. A module that is several layers at once returns
+            several.
+        """
+        return {"": cls(module)}
 
     @classmethod
     def supports(cls, module: nn.Module) -> bool:
@@ -63,16 +101,22 @@ class LayerAdapter(ABC):
         )
 
     @property
-    def weight(self) -> Tensor:
-        """The module's weight."""
+    def owners(self) -> tuple[Tensor, Tensor | None]:
+        """The module's parameters that weight and bias are, or are `slices` of."""
         weight = self.module._parameters["weight"]
         assert weight is not None
-        return weight
+        return weight, self.module._parameters.get("bias")
+
+    @property
+    def weight(self) -> Tensor:
+        """The layer's weight."""
+        return self._slice(0, self.owners[0])
 
     @property
     def bias(self) -> Tensor | None:
-        """The module's bias."""
-        return self.module._parameters.get("bias")
+        """The layer's bias."""
+        bias = self.owners[1]
+        return None if bias is None else self._slice(1, bias)
 
     @property
     def factor_dtype(self) -> torch.dtype:
@@ -81,8 +125,46 @@ class LayerAdapter(ABC):
 
     @property
     def factor_sizes(self) -> tuple[int, int]:
-        """Sizes of A, in[+1], and of G, out."""
+        """Sizes of A, in[+1], and of G, out; of one group."""
         return self.in_features + int(self.has_bias), self.out_features
+
+    @property
+    def factor_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of A and G."""
+        inputs, outputs = self.factor_sizes
+        A = (inputs,) if self.block == "diagonal_input" else (inputs, inputs)
+        return self._grouped(A), self._grouped((outputs, outputs))
+
+    @property
+    def matrix_shape(self) -> tuple[int, ...]:
+        """Shape of W and V, (out, in[+1]) or (groups, out, in[+1])."""
+        inputs, outputs = self.factor_sizes
+        return self._grouped((outputs, inputs))
+
+    @property
+    def parts(self) -> tuple[tuple[int, ...], int]:
+        """How many entries of an axis of W each covered parameter takes, and which axis."""
+        return ((self.in_features, 1) if self.has_bias else (self.in_features,)), -1
+
+    @property
+    def reduces(self) -> bool:
+        """Whether the statistics are one row per example: A averages over rows, G over loss terms."""
+        return self.sharing == "reduce"
+
+    def _grouped(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return shape if self.groups == 1 else (self.groups, *shape)
+
+    def listen(self, hook: Any) -> list[RemovableHandle]:
+        """Call a hook after each call of the layer, as ``hook(module, args, kwargs, output)``.
+
+        Args:
+            hook: a `LayerHook`. It must come first of the module's forward hooks: later ones may replace or modify the
+                output.
+
+        Returns:
+            Handles that take it off again.
+        """
+        return [self.module.register_forward_hook(hook, prepend=True, with_kwargs=True)]
 
     # ------------------------------------------------------------------ statistics
 
@@ -96,12 +178,38 @@ class LayerAdapter(ABC):
             )
         return x
 
-    @abstractmethod
-    def input_statistics(self, out: Tensor | None, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Add Σ [a; 1][a; 1]ᵀ over the shared positions.
+    def restrict(self, mask: Tensor | None, x: Tensor) -> Tensor | None:
+        """The mask for one call of the layer.
 
         Args:
-            out: sums so far (in[+1], in[+1]), updated in place; None for zeros.
+            mask: the user's, None for none.
+            x: the module's input, detached.
+
+        Returns:
+            By default the user's mask.
+        """
+        del x
+        return mask
+
+    def layer_gradient(self, g: Tensor, x: Tensor) -> Tensor:
+        """What `output_statistics` is given instead of `g`, where ``keeps_input`` is set.
+
+        Args:
+            g: gradient at the module's output, detached.
+            x: the module's input, detached, which the layer's own graph keeps unchanged.
+
+        Returns:
+            By default `g`.
+        """
+        del x
+        return g
+
+    @abstractmethod
+    def input_statistics(self, out: Tensor | None, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Add Σ [a; 1][a; 1]ᵀ over the shared positions; with sharing="reduce" over the means of each example.
+
+        Args:
+            out: sums so far, shaped like A, updated in place; None for zeros.
             x: the module's input, detached.
             mask: bool; where it covers the leading dimensions of `x`, positions that are False are left out.
 
@@ -111,10 +219,10 @@ class LayerAdapter(ABC):
 
     @abstractmethod
     def output_statistics(self, out: Tensor | None, g: Tensor, mask: Tensor | None, scale: float = 1.0) -> Tensor:
-        """Add scale·Σ g gᵀ over the shared positions.
+        """Add scale·Σ g gᵀ over the shared positions; with sharing="reduce" over the sums of each example.
 
         Args:
-            out: sums so far (out, out), updated in place; None for zeros.
+            out: sums so far, shaped like G, updated in place; None for zeros.
             g: gradient at the module's output, detached.
             mask: as in `input_statistics`.
             scale: factor on what is added.
@@ -125,64 +233,71 @@ class LayerAdapter(ABC):
 
     @abstractmethod
     def positions(self, shape: torch.Size, mask: Tensor | None) -> int:
-        """How many shared positions an output has.
+        """How many shared positions an output has; with sharing="reduce" how many examples.
 
         Args:
             shape: of the module's output.
             mask: as in `input_statistics`.
 
         Returns:
-            R of this call.
+            R of this call: how many rows the statistics were taken of.
         """
 
     # ------------------------------------------------------------------ the layer as a matrix
 
     def parameters(self) -> tuple[Tensor, ...]:
         """What the adapter covers at present: weight and bias, the weight alone, or nothing when that is frozen."""
-        if not self.weight.requires_grad:
+        weight, bias = self.owners
+        if not weight.requires_grad:
             return ()
-        bias = self.bias
-        return (self.weight,) if bias is None or not bias.requires_grad else (self.weight, bias)
+        return (weight,) if bias is None or not bias.requires_grad else (weight, bias)
 
     def gradient(self) -> Tensor:
-        """V (out, in[+1]), from ``.grad``.
+        """V, shaped `matrix_shape`, from ``.grad``.
 
         Raises:
             ValueError: a covered parameter has no gradient.
         """
-        return self._matrix([_gradient_of(p, self.module) for p in self._covered()])
+        grads = (_gradient_of(p, self.module) for p in self._covered())
+        return self._matrix([self._slice(index, grad) for index, grad in enumerate(grads)])
 
     def weight_matrix(self) -> Tensor:
-        """W (out, in[+1]), detached; a view of the weight where there is no bias."""
-        return self._matrix([p.detach() for p in self._covered()])
+        """W, shaped `matrix_shape`, detached; may be a view of the weight."""
+        return self._matrix([self._slice(index, p.detach()) for index, p in enumerate(self._covered())])
 
     def split(self, matrix: Tensor) -> tuple[Tensor, ...]:
         """The inverse of `gradient` and `weight_matrix`.
 
         Args:
-            matrix: (out, in[+1]).
+            matrix: shaped `matrix_shape`.
 
         Returns:
-            Views of it, shaped like the covered parameters in their order.
+            The covered parameters in their order, shaped like them (like their ``slices``); views where they can be.
 
         Raises:
             ValueError: the shape is another.
         """
-        expected = (self.out_features, self.in_features + int(self.has_bias))
-        if tuple(matrix.shape) != expected:
+        if tuple(matrix.shape) != self.matrix_shape:
             raise ValueError(
-                f"{type(self).__name__}.split: matrix: expected shape {expected}, got {tuple(matrix.shape)}"
+                f"{type(self).__name__}.split: matrix: expected shape {self.matrix_shape}, got {tuple(matrix.shape)}"
             )
-        weight = matrix[:, : self.in_features].unflatten(1, self.weight.shape[1:])  # type: ignore[no-untyped-call]
-        return (weight, matrix[:, -1]) if self.has_bias else (weight,)
+        return self._split(matrix)
+
+    def _split(self, matrix: Tensor) -> tuple[Tensor, ...]:
+        bias = self.bias
+        weight = matrix[..., : self.in_features].reshape(self.weight.shape)
+        return (weight, matrix[..., -1].reshape(bias.shape)) if self.has_bias and bias is not None else (weight,)
 
     def _covered(self) -> tuple[Tensor, ...]:
-        bias = self.bias
-        return (self.weight, bias) if self.has_bias and bias is not None else (self.weight,)
+        weight, bias = self.owners
+        return (weight, bias) if self.has_bias and bias is not None else (weight,)
+
+    def _slice(self, index: int, tensor: Tensor) -> Tensor:
+        return tensor if self.slices is None else tensor[self.slices[index]]
 
     def _matrix(self, parts: list[Tensor]) -> Tensor:
-        weight = parts[0].reshape(self.out_features, self.in_features)
-        return weight if len(parts) == 1 else torch.cat([weight, parts[1].unsqueeze(1)], 1)
+        weight = parts[0].reshape(self._grouped((self.out_features, self.in_features)))
+        return weight if len(parts) == 1 else torch.cat([weight, parts[1].reshape(*weight.shape[:-1], 1)], -1)
 
     def __repr__(self) -> str:
         """Type and sizes."""

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
-from kronfac.curvature.adapter import LayerAdapter
-from kronfac.curvature.forward import Forward, OutputEdge
+from kronfac.curvature.forward import Call, Forward, OutputEdge
 
 if TYPE_CHECKING:
     from kronfac.curvature.recorder import Recorder
@@ -27,18 +26,16 @@ class Capture:
         forward: the recorded forward; the graph keeps it alive through this hook until a backward reaches it, so
             that a forward without a backward vanishes with its graph.
         name: of the layer.
-        adapter: of the layer.
+        call: of the layer.
         edge: of the layer's output.
     """
 
-    def __init__(
-        self, recorder: Recorder, forward: Forward, name: str, adapter: LayerAdapter, edge: OutputEdge
-    ) -> None:
+    def __init__(self, recorder: Recorder, forward: Forward, name: str, call: Call, edge: OutputEdge) -> None:
         self._recorder = weakref.ref(recorder)
-        self._forward, self._name, self._adapter = forward, name, adapter
+        self._forward, self._name, self._call = forward, name, call
         # Not the edge: its node owns this hook.
         self._output_nr, self._view = edge.edge.output_nr, edge.view
-        self._leaf: Node = get_gradient_edge(adapter.parameters()[0]).node
+        self._leaf: Node = get_gradient_edge(call.adapter.parameters()[0]).node
         self._fired = False
 
     def __call__(self, gradients: tuple[Tensor | None, ...]) -> None:
@@ -54,7 +51,7 @@ class Capture:
             return
         self._fired = True
         with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
-            forward.add_gradient(self._name, self._adapter, self._view.gradient(gradient))
+            forward.add_gradient(self._name, self._call, self._view.gradient(gradient))
 
 
 def accumulates(leaf: Node) -> bool:

@@ -3,61 +3,91 @@
 from __future__ import annotations
 
 import math
-from typing import cast
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kronfac.curvature.adapter import LayerAdapter
+from kronfac.curvature.adapter import LayerAdapter, accumulate
 from kronfac.curvature.registry import register_adapter
+from kronfac.curvature.sharing import SHARINGS
 from kronfac.ops import conv_covariance, conv_covariance_
 
+Convolution: TypeAlias = "nn.Conv1d | nn.Conv2d | nn.Conv3d"
 
+
+@register_adapter(nn.Conv1d)
 @register_adapter(nn.Conv2d)
+@register_adapter(nn.Conv3d)
 class ConvAdapter(LayerAdapter):
-    """`torch.nn.Conv2d` as a linear layer on patches (KFC: Grosse & Martens, arXiv:1602.01407), every position shared.
+    """Convolutions as linear layers on patches (KFC: Grosse & Martens, arXiv:1602.01407), every position shared.
 
-    All strides, dilations, paddings (also 'same', asymmetric, reflecting, ...) and unbatched inputs. Convolutions
-    in groups are not covered yet. Only a mask over examples, of shape (N,), covers a convolution: masked positions
-    of a map would still be seen by the patches around them.
+    `torch.nn.Conv1d`, `Conv2d` and `Conv3d` with all strides, dilations and paddings (also 'same', asymmetric,
+    reflecting, ...), in groups (one pair of factors per group, depthwise included), and unbatched inputs. Only a mask
+    over examples, of shape (N,), covers a convolution: masked positions of a map would still be seen by the patches
+    around them.
     """
+
+    sharings = SHARINGS
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self.groups = self._conv.groups
+        self.out_features //= self.groups
 
     @classmethod
     def supports(cls, module: nn.Module) -> bool:
-        """One group and torch's own way to convolve; see `LayerAdapter.supports`."""
-        assert isinstance(module, nn.Conv2d)
-        own = type(module)._conv_forward is nn.Conv2d._conv_forward and "_conv_forward" not in vars(module)
-        return super().supports(module) and module.groups == 1 and own
+        """Torch's own way to convolve; see `LayerAdapter.supports`."""
+        for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+            if isinstance(module, kind) and type(module)._conv_forward is not kind._conv_forward:
+                return False
+        return "_conv_forward" not in vars(module) and super().supports(module)
 
     @property
-    def _conv(self) -> nn.Conv2d:
-        return cast(nn.Conv2d, self.module)
+    def _conv(self) -> Convolution:
+        return cast(Convolution, self.module)
 
     def input_statistics(self, out: Tensor | None, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Σ over the patches of x (N, C, H, W); see `LayerAdapter.input_statistics`."""
+        """Σ over the patches of x (N, C, *spatial); see `LayerAdapter.input_statistics`."""
         conv = self._conv
-        x = _examples(self._batched(x), mask)
+        x = self._examples(x, mask)
         padding = self._padding()
         if conv.padding_mode != "zeros":
-            # functional.pad counts from the last axis
-            backwards = [amount for axis in range(len(padding) - 2, -1, -2) for amount in padding[axis : axis + 2]]
-            x = functional.pad(x, backwards, mode=conv.padding_mode)
+            x = functional.pad(x, _backwards(padding), mode=conv.padding_mode)
             padding = [0] * len(padding)
-        window = (list(conv.kernel_size), list(conv.stride), padding, list(conv.dilation))
+        return self.patch_statistics(out, x, list(conv.stride), padding)
+
+    def patch_statistics(self, out: Tensor | None, x: Tensor, stride: list[int], padding: list[int]) -> Tensor:
+        """Σ over the patches of a map, or over the mean patch of each example.
+
+        Args:
+            out: as in `input_statistics`.
+            x: (N, C, *spatial).
+            stride: entries for each axis.
+            padding: zeros, low and high entries for each axis.
+        """
+        kernel_size, dilation = list(self._conv.kernel_size), list(self._conv.dilation)
+        if self.reduces:
+            patches = mean_patches(x, kernel_size, stride, padding, dilation)
+            return self._accumulate(out, patches, self.has_bias)
+        window = (kernel_size, stride, padding, dilation, self.groups, self.has_bias)
         if out is None:
-            return conv_covariance(x, *window, bias=self.has_bias)
-        conv_covariance_(out, x, *window, bias=self.has_bias, decay=1.0)
+            return conv_covariance(x, *window)
+        conv_covariance_(out, x, *window, decay=1.0)
         return out
 
     def output_statistics(self, out: Tensor | None, g: Tensor, mask: Tensor | None, scale: float = 1.0) -> Tensor:
-        """Σ over examples and positions of g (N, out, H, W); see `LayerAdapter.output_statistics`."""
-        g = _examples(self._batched(g), mask)
+        """Σ over examples and positions of g (N, out, *spatial); see `LayerAdapter.output_statistics`."""
+        g = self._examples(g, mask)
+        if self.reduces:
+            dtype = torch.float64 if g.dtype == torch.float64 else torch.float32
+            return self._accumulate(out, g.sum(list(range(2, g.dim())), dtype=dtype), False, scale)
         ones, zeros = [1] * (g.dim() - 2), [0] * (g.dim() - 2)
         # Patches of one pixel: the rows g without a transposed copy of the maps.
         if out is None:
-            return conv_covariance(g, ones, ones, zeros, ones, scale=scale)
-        conv_covariance_(out, g, ones, ones, zeros, ones, decay=1.0, scale=scale)
+            return conv_covariance(g, ones, ones, zeros, ones, self.groups, scale=scale)
+        conv_covariance_(out, g, ones, ones, zeros, ones, self.groups, decay=1.0, scale=scale)
         return out
 
     def positions(self, shape: torch.Size, mask: Tensor | None) -> int:
@@ -66,10 +96,23 @@ class ConvAdapter(LayerAdapter):
         batch = shape[0] if len(shape) == spatial + 2 else 1
         if mask is not None and mask.shape == (batch,):
             batch = int(mask.sum())
-        return batch * math.prod(shape[-spatial:])
+        return batch if self.reduces else batch * math.prod(shape[-spatial:])
 
-    def _batched(self, x: Tensor) -> Tensor:
-        return x if x.dim() == len(self._conv.kernel_size) + 2 else x.unsqueeze(0)
+    def _accumulate(self, out: Tensor | None, features: Tensor, bias: bool, scale: float = 1.0) -> Tensor:
+        """Σ over the rows of features (N, groups·size), group by group."""
+        if self.groups == 1:
+            return accumulate(out, features, bias, scale)
+        # As maps of one pixel the groups are one call.
+        one, zero = [1], [0]
+        if out is None:
+            return conv_covariance(features.unsqueeze(-1), one, one, zero, one, self.groups, bias, scale)
+        conv_covariance_(out, features.unsqueeze(-1), one, one, zero, one, self.groups, bias, 1.0, scale)
+        return out
+
+    def _examples(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        if x.dim() == len(self._conv.kernel_size) + 1:
+            x = x.unsqueeze(0)
+        return x[mask] if mask is not None and mask.shape == x.shape[:1] else x
 
     def _padding(self) -> list[int]:
         """Low and high padding, axis by axis."""
@@ -82,5 +125,32 @@ class ConvAdapter(LayerAdapter):
         return [amount for total in totals for amount in (total // 2, total - total // 2)]
 
 
-def _examples(x: Tensor, mask: Tensor | None) -> Tensor:
-    return x[mask] if mask is not None and mask.shape == x.shape[:1] else x
+def mean_patches(
+    x: Tensor, kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int]
+) -> Tensor:
+    """The mean patch of each example, (N, channels·offsets) in the order of a convolution's weight.
+
+    Args:
+        x: (N, C, *spatial).
+        kernel_size: entries for each spatial axis, like `stride` and `dilation`.
+        stride: steps between patches.
+        padding: zeros, low and high entries for each axis.
+        dilation: distance of the entries of a patch.
+    """
+    x = functional.pad(x, _backwards(padding)).to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    x = x.contiguous()
+    spatial, steps = x.shape[2:], x.stride()
+    positions = [
+        (size - gap * (kernel - 1) - 1) // step + 1
+        for size, kernel, step, gap in zip(spatial, kernel_size, stride, dilation, strict=True)
+    ]
+    offset_strides = [gap * s for gap, s in zip(dilation, steps[2:], strict=True)]
+    position_strides = [step * s for step, s in zip(stride, steps[2:], strict=True)]
+    patches = x.as_strided((*x.shape[:2], *kernel_size, *positions), (*steps[:2], *offset_strides, *position_strides))
+    axes = len(kernel_size)
+    return patches.mean(list(range(2 + axes, 2 + 2 * axes))).reshape(len(x), math.prod(patches.shape[1 : 2 + axes]))
+
+
+def _backwards(padding: list[int]) -> list[int]:
+    """As `functional.pad` counts: from the last axis."""
+    return [amount for axis in range(len(padding) - 2, -1, -2) for amount in padding[axis : axis + 2]]

@@ -46,14 +46,15 @@ def factors(
             logarithm of.
         fisher: "mc" draws targets from the model, "exact" takes their expectation, "empirical" uses the data's
             targets.
-        sharing: "expand".
+        sharing: "expand" or "reduce": how the positions of a shared layer enter, see `kronfac.KFAC`.
         output: picks the output that parametrises the likelihood from what the model returns.
         mask: from the model's args, kwargs and output to a bool tensor, True for the terms that count.
         fisher_samples: draws per example for "mc".
         seed: of the draws for "mc".
 
     Returns:
-        ``{layer name: KroneckerFactors(A (in[+1], in[+1]), G (out, out))}``, scaled as in algorithms.md, section 1:
+        ``{layer name: KroneckerFactors(A (in[+1], in[+1]), G (out, out))}``, with other shapes for layers in groups,
+        embeddings and norms as `KroneckerFactors` says, scaled as in algorithms.md, section 1:
         independent of the batch size and of the reduction of the loss. Layers that the output does not depend on
         are absent.
 

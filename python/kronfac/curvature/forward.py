@@ -70,14 +70,37 @@ class Call:
     Attributes:
         adapter: of the layer.
         shape: of the output.
-        x: the input, kept only until the mask is known.
+        x: the input, kept until the mask is known, or for as long as the call where the adapter says so.
         version: of the input when it was remembered.
+        mask: the positions that count, None for all.
+        resolved: whether the input statistics were taken.
+        reduced: whether the layer's statistics are one row per example.
+        flipped: whether the examples are the second dimension of what the layer sees.
     """
 
     adapter: LayerAdapter
     shape: torch.Size
     x: Tensor | None = None
     version: int = 0
+    mask: Tensor | None = None
+    resolved: bool = False
+    reduced: bool = False
+    flipped: bool = False
+
+    def input_statistics(self, out: Tensor | None, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Add the call's input statistics, the user's mask being known."""
+        x = x.transpose(0, 1) if self.flipped else x
+        self.mask, self.resolved = self.adapter.restrict(mask, x), True
+        return self.adapter.input_statistics(out, x, self.mask)
+
+    def output_statistics(self, out: Tensor | None, g: Tensor, scale: float) -> Tensor:
+        """Add the output statistics of a gradient at the call's output."""
+        if self.adapter.keeps_input:
+            assert self.x is not None
+            g = self.adapter.layer_gradient(g, self.x)
+        if self.flipped:
+            g = g.transpose(0, 1)
+        return self.adapter.output_statistics(out, g, self.mask, scale)
 
 
 @dataclass
@@ -116,7 +139,7 @@ class Forward:
         exception = sys.exc_info()[1]
         return exception is not None and exception is not self.outer
 
-    def enter(self, name: str, adapter: LayerAdapter, x: Tensor, shape: torch.Size, *, defer: bool) -> None:
+    def enter(self, name: str, adapter: LayerAdapter, x: Tensor, shape: torch.Size, *, defer: bool) -> Call:
         """Note a call of a layer; its input statistics are taken now, or later when the mask is not known yet.
 
         Args:
@@ -124,44 +147,65 @@ class Forward:
             adapter: of the layer.
             x: the input.
             shape: of the output.
-            defer: keep the input until `resolve`.
+            defer: keep the input until `resolve`, which also happens where the adapter keeps it.
         """
-        call = Call(adapter, shape)
+        call = Call(adapter, shape, reduced=adapter.reduces)
         x = x.detach()
-        if defer:
+        if defer or adapter.keeps_input:
             call.x, call.version = x, x._version
-        else:
-            self.A_sums[name] = adapter.input_statistics(self.A_sums.get(name), x, None)
+        if not (defer or adapter.keeps_input):
+            self.A_sums[name] = call.input_statistics(self.A_sums.get(name), x, None)
         self.calls.setdefault(name, []).append(call)
+        return call
 
     def resolve(self) -> None:
         """Take the input statistics that waited for the mask.
 
         Raises:
-            RuntimeError: an input was modified in place meanwhile.
+            RuntimeError: an input was modified in place meanwhile, or sharing="reduce" cannot tell examples from
+                positions.
         """
         for name, calls in self.calls.items():
             for call in calls:
-                if call.x is None:
+                self._find_examples(name, call)
+                if call.resolved or call.x is None:
                     continue
                 if call.x._version != call.version:
                     raise RuntimeError(
                         f"kronfac: the input of layer {name!r} was modified in place after the layer had used it, and "
-                        "with mask= it is needed until the end of the forward; make that operation out-of-place "
-                        "(inplace=False)"
+                        "with mask=, and for a layer whose gradient depends on it, it is needed until the end of the "
+                        "forward; make that operation out-of-place (inplace=False)"
                     )
-                self.A_sums[name] = call.adapter.input_statistics(self.A_sums.get(name), call.x, self.mask)
-                call.x = None
+                self.A_sums[name] = call.input_statistics(self.A_sums.get(name), call.x, self.mask)
+                if not call.adapter.keeps_input:
+                    call.x = None
 
-    def add_gradient(self, name: str, adapter: LayerAdapter, g: Tensor, scale: float = 1.0) -> None:
+    def _find_examples(self, name: str, call: Call) -> None:
+        """Notice layers that see (T, N, ...) although whole examples are what counts."""
+        shape = call.shape
+        second = len(shape) > 2 and shape[0] != self.examples and shape[1] == self.examples
+        if not (call.reduced and call.adapter.leading_positions and second):
+            return
+        if call.adapter.block != "dense":
+            raise RuntimeError(
+                f"kronfac: layer {name!r}: sharing='reduce' expects the examples in the first dimension, got "
+                f"{tuple(shape)} with {self.examples} examples; use batch_first=True, or sharing='expand' for this "
+                "layer's parameters"
+            )
+        call.shape, call.flipped = torch.Size((shape[1], shape[0], *shape[2:])), True
+
+    def add_gradient(self, name: str, call: Call, g: Tensor, scale: float = 1.0) -> None:
         """Take the output statistics of a gradient at a layer's output."""
-        self.G_sums[name] = adapter.output_statistics(self.G_sums.get(name), g, self.mask, scale)
+        self.G_sums[name] = call.output_statistics(self.G_sums.get(name), g, scale)
 
     def statistics(self) -> dict[str, LayerStatistics]:
         """Sums of the layers that a gradient has reached. The others did not influence the output: as if unused."""
         return {
             name: LayerStatistics(
-                self.A_sums[name], g, sum(call.adapter.positions(call.shape, self.mask) for call in self.calls[name])
+                self.A_sums[name],
+                g,
+                sum(call.adapter.positions(call.shape, call.mask) for call in self.calls[name]),
+                self.calls[name][0].reduced,
             )
             for name, g in self.G_sums.items()
         }

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd import forward_ad
+
+from kronfac.curvature.forward import OutputEdge
 
 if TYPE_CHECKING:
     from kronfac.curvature.recorder import Recorder
@@ -110,17 +112,29 @@ class OpenHook(Hook):
 class LayerHook(Hook):
     """Forward hook of a covered layer: hands over its input and the edge of its output."""
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
-        """Called by torch after forward."""
+    def __call__(
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        output: Any,
+        place: Callable[[Tensor], OutputEdge] = OutputEdge.of,
+    ) -> None:
+        """Called by torch after forward; `place` says where the layer's output lies in `output`."""
         if torch.compiler.is_compiling():
             return
         recorder = self._listener(module)
         if recorder is None:
             return
         if recorder.is_open and not in_backward():
-            recorder.see(self._name, args, kwargs, output)
+            recorder.see(self._name, args, kwargs, output, place)
         if recorder.rows.enabled and self._name in recorder.rows.limits:
             recorder.keep_rows(self._name, args, kwargs, output)
+
+    def listens(self, module: nn.Module) -> bool:
+        """Whether a forward of the module that begins now is recorded."""
+        recorder = self._listener(module)
+        return recorder is not None and recorder.is_open and not in_backward()
 
 
 class CloseHook(Hook):

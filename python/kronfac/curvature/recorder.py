@@ -15,15 +15,15 @@ from torch.utils.hooks import RemovableHandle
 
 from kronfac.curvature.adapter import LayerAdapter
 from kronfac.curvature.capture import Capture
-from kronfac.curvature.forward import Forward, OutputEdge, refuse_reentrant
+from kronfac.curvature.forward import Call, Forward, OutputEdge, refuse_reentrant
 from kronfac.curvature.hooks import CloseHook, LayerHook, OpenHook, obstacle
 from kronfac.curvature.likelihood import Likelihood, resolve_likelihood
 from kronfac.curvature.rows import RowKeeper
+from kronfac.curvature.sharing import SHARINGS, set_sharing
 from kronfac.curvature.statistics import Pending
 
 FISHERS = ("mc", "exact", "empirical")
 REDUCTIONS = ("mean", "sum")
-SHARINGS = ("expand",)
 
 
 class Recorder:
@@ -50,7 +50,9 @@ class Recorder:
         fisher_samples: draws per example for "mc", averaged.
         reduction: whether ``.grad`` is the "mean" or the "sum" over all examples since the last `collect`;
             "empirical" only.
-        sharing: "expand": shared positions count as separate examples.
+        sharing: "expand": shared positions count as separate examples; "reduce": inputs are averaged and gradients
+            summed over the positions of an example (Eschenhagen et al., arXiv:2311.00636); None leaves the adapters as
+            they are.
         generator: source of the draws on the output's device; a new one seeded with 0 when None.
 
     Attributes:
@@ -75,19 +77,16 @@ class Recorder:
         fisher: str = "mc",
         fisher_samples: int = 1,
         reduction: str = "mean",
-        sharing: str = "expand",
+        sharing: str | None = "expand",
         generator: Generator | None = None,
     ) -> None:
         for name, value, known in (
             ("fisher", fisher, FISHERS),
             ("reduction", reduction, REDUCTIONS),
-            ("sharing", sharing, SHARINGS),
+            *([] if sharing is None else [("sharing", sharing, SHARINGS)]),
         ):
             if value not in known:
-                soon = '; "reduce" is not available yet' if value == "reduce" else ""
-                raise ValueError(
-                    f"Recorder: {name}: expected one of {', '.join(map(repr, known))}, got {value!r}{soon}"
-                )
+                raise ValueError(f"Recorder: {name}: expected one of {', '.join(map(repr, known))}, got {value!r}")
         if isinstance(fisher_samples, bool) or not isinstance(fisher_samples, int):
             raise TypeError(f"Recorder: fisher_samples: expected an int, got {fisher_samples!r}")
         if fisher_samples < 1:
@@ -101,7 +100,10 @@ class Recorder:
         self.adapters = dict(adapters)
         self.likelihood = resolve_likelihood(likelihood)
         self.fisher, self.fisher_samples = fisher, fisher_samples
-        self.reduction, self.sharing = reduction, sharing
+        self.reduction = reduction
+        if sharing is not None:
+            for name, adapter in self.adapters.items():
+                set_sharing(name, adapter, sharing)
         if generator is None:
             home = next((a.weight.device for a in self.adapters.values()), torch.device("cpu"))
             generator = Generator(home).manual_seed(0)
@@ -113,7 +115,7 @@ class Recorder:
         self._output, self._mask = output, mask
         self._from_backward = fisher == "empirical"
         self._forward: Forward | None = None
-        self._edges: list[tuple[str, LayerAdapter, OutputEdge]] = []  # of the open forward
+        self._edges: list[tuple[str, Call, OutputEdge]] = []  # of the open forward
         self._pending = Pending(adapters=self.adapters)
         self._reached: list[Forward] = []  # forwards that a backward has reached, for fisher="empirical"
         self._twice = False
@@ -127,9 +129,7 @@ class Recorder:
     def _install(self) -> None:
         handles: list[RemovableHandle] = []
         for name, adapter in self.adapters.items():
-            # First of the layer's hooks: later ones may replace or modify the output.
-            hook = LayerHook(self, adapter.module, name)
-            handles.append(adapter.module.register_forward_hook(hook, prepend=True, with_kwargs=True))
+            handles += adapter.listen(LayerHook(self, adapter.module, name))
         root = self.model
         handles.append(root.register_forward_pre_hook(OpenHook(self, root)))
         handles.append(root.register_forward_hook(CloseHook(self, root), with_kwargs=True, always_call=True))
@@ -279,14 +279,22 @@ class Recorder:
             module._parameters.get(name) is parameter for module, items in self._parameters for name, parameter in items
         )
 
-    def see(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
-        """A covered layer has run inside the open recording."""
+    def see(
+        self,
+        name: str,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        output: Any,
+        place: Callable[[Tensor], OutputEdge] = OutputEdge.of,
+    ) -> None:
+        """A covered layer has run inside the open recording; `place` says where in `output` its own output lies."""
         forward, adapter = self._forward, self.adapters[name]
         if forward is None or not adapter.parameters():
             return
         if not isinstance(output, Tensor):
             raise TypeError(f"kronfac: output of layer {name!r}: expected a tensor, got a {type(output).__name__}")
-        x = adapter.layer_input(args, kwargs)
+        with torch.no_grad():
+            x = adapter.layer_input(args, kwargs)
         if x.is_nested or output.is_nested:
             raise RuntimeError(
                 f"kronfac: layer {name!r} has a nested tensor as input; pass padded tensors and say with mask= what "
@@ -295,13 +303,13 @@ class Recorder:
         if not (torch.is_grad_enabled() and output.requires_grad):
             forward.ungraphed.append(name)
             return
+        edge = place(output)
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            forward.enter(name, adapter, x, output.shape, defer=self._mask is not None)
-        edge = OutputEdge.of(output)
+            call = forward.enter(name, adapter, x, edge.view.shape, defer=self._mask is not None)
         if self._from_backward:
-            edge.edge.node.register_prehook(Capture(self, forward, name, adapter, edge))
+            edge.edge.node.register_prehook(Capture(self, forward, name, call, edge))
         else:
-            self._edges.append((name, adapter, edge))
+            self._edges.append((name, call, edge))
 
     def keep_rows(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         """A covered layer has run, inside a recording or not, and the rows of its gradient may be worth keeping."""
@@ -368,9 +376,7 @@ class Recorder:
             # The covariance is averaged over the draws. Scaling the gradients by 1/n would make it 1/n too small.
             yield self.likelihood.sample_gradients(logits, self.generator, mask), 1.0 / self.fisher_samples
 
-    def _differentiate(
-        self, forward: Forward, logits: Tensor, edges: list[tuple[str, LayerAdapter, OutputEdge]]
-    ) -> None:
+    def _differentiate(self, forward: Forward, logits: Tensor, edges: list[tuple[str, Call, OutputEdge]]) -> None:
         """Propagate gradients from the output to the layer outputs, and no further."""
         with torch.no_grad():
             remaining = self._output_gradients(logits.detach(), forward.mask)
@@ -387,9 +393,9 @@ class Recorder:
                 allow_unused=True,
             )
             with torch.no_grad():
-                for (name, adapter, edge), gradient in zip(edges, gradients, strict=True):
+                for (name, call, edge), gradient in zip(edges, gradients, strict=True):
                     if gradient is not None:
-                        forward.add_gradient(name, adapter, edge.view.gradient(gradient), scale)
+                        forward.add_gradient(name, call, edge.view.gradient(gradient), scale)
 
     def reach(self, forward: Forward, twice: bool) -> None:
         """The training backward has reached a layer of a recorded forward, for the second time or not."""

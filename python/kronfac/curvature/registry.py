@@ -48,24 +48,40 @@ def adapter_for(module: nn.Module) -> LayerAdapter | None:
         module: any module.
 
     Returns:
-        Its adapter; None when its type, its options or a forward of its own are covered by none.
+        Its adapter; None when its type, its options or a forward of its own are covered by none, and for a module
+        that is several layers at once (see `adapters_for`).
 
     Raises:
         ValueError: a lazy layer whose parameters do not exist yet.
+    """
+    return adapters_for(module).get("")
+
+
+def adapters_for(module: nn.Module) -> dict[str, LayerAdapter]:
+    """The adapters bound to a module, by the name that each adds to the module's: "" for a module that is one layer.
+
+    Args:
+        module: any module.
+
+    Returns:
+        Empty when its type, its options or a forward of its own are covered by none.
+
+    Raises:
+        ValueError: as `adapter_for`.
     """
     for base in type(module).__mro__:
         if base not in _ADAPTERS:
             continue
         if type(module).forward is not base.forward or "forward" in vars(module):
-            return None
+            return {}
         if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
             raise ValueError(
                 f"adapter_for: module: {module} has no parameters yet; call the model once on real input before its "
                 "curvature is asked for"
             )
         adapter_type = _ADAPTERS[base]
-        return adapter_type(module) if adapter_type is not None and adapter_type.supports(module) else None
-    return None
+        return adapter_type.layers_of(module) if adapter_type is not None and adapter_type.supports(module) else {}
+    return {}
 
 
 def find_layers(model: nn.Module) -> dict[str, LayerAdapter]:
@@ -84,8 +100,7 @@ def find_layers(model: nn.Module) -> dict[str, LayerAdapter]:
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
     found: dict[str, LayerAdapter] = {}
     for name, module in model.named_modules():
-        adapter = adapter_for(module)
-        if adapter is None or not adapter.parameters() or any(owners[id(p)] > 1 for p in adapter.parameters()):
-            continue
-        found[name] = adapter
+        for suffix, adapter in adapters_for(module).items():
+            if adapter.parameters() and all(owners[id(p)] == 1 for p in adapter.parameters()):
+                found[".".join(filter(None, (name, suffix)))] = adapter
     return found

@@ -16,8 +16,10 @@ class KroneckerFactors(NamedTuple):
     """F ≈ A ⊗ G of one layer, symmetric and positive semi-definite.
 
     Attributes:
-        A: second moment of the inputs (in[+1], in[+1]), the bias last.
-        G: second moment of the gradients at the outputs (out, out).
+        A: second moment of the inputs (in[+1], in[+1]), the bias last. (groups, in[+1], in[+1]) for a layer in groups;
+            the diagonal (in,) for an embedding; ones for a norm layer.
+        G: second moment of the gradients at the outputs (out, out), or (groups, out, out). For a norm layer that of
+            the gradients of its parameters.
     """
 
     A: Tensor
@@ -33,8 +35,8 @@ class ScaledSums:
     Attributes:
         A_sum: Σ ā āᵀ; whoever gets it may overwrite it.
         G_sum: Σ g gᵀ, likewise.
-        A_scale: 1/M.
-        G_scale: 1/R.
+        A_scale: 1/M, or 1/R where whole examples count.
+        G_scale: 1/R, or 1/M.
     """
 
     A_sum: Tensor
@@ -52,11 +54,17 @@ class LayerStatistics:
         G_sum: Σ g gᵀ over the shared positions, g = d(-log p)/ds of each example; averaged over draws for
             fisher="mc".
         positions: how many shared positions, R.
+        reduced: whether the rows are those of whole examples (sharing="reduce"); `positions` counts these then.
     """
 
     A_sum: Tensor
     G_sum: Tensor
     positions: float
+    reduced: bool = False
+
+    def counts(self, terms: float) -> tuple[float, float]:
+        """What to divide A_sum and G_sum by, for a loss averaged over `terms` terms."""
+        return (self.positions, terms) if self.reduced else (terms, self.positions)
 
     def add(self, other: LayerStatistics) -> None:
         """Add sums in place."""
@@ -98,33 +106,35 @@ class Pending:
         self.examples += examples
 
     def factors(self) -> dict[str, KroneckerFactors]:
-        """A = (1/M) Σ ā āᵀ and G = (1/R) Σ g gᵀ (algorithms.md, section 1, expand).
+        """A = (1/M) Σ ā āᵀ and G = (1/R) Σ g gᵀ, or A = (1/R) Σ ā āᵀ and G = (1/M) Σ g gᵀ over whole examples.
 
         Returns:
             New tensors by layer name; empty when nothing was recorded or every term was masked.
         """
         if self.terms <= 0:
             return {}
-        return {
-            name: KroneckerFactors(layer.A_sum / self.terms, layer.G_sum / layer.positions)
-            for name, layer in self.layers.items()
-            if layer.positions > 0
-        }
+        result = {}
+        for name, layer in self.layers.items():
+            if layer.positions > 0:
+                inputs, outputs = layer.counts(self.terms)
+                result[name] = KroneckerFactors(layer.A_sum / inputs, layer.G_sum / outputs)
+        return result
 
     def scaled_sums(self) -> dict[str, ScaledSums]:
         """What `factors` returns, by layer name, with the multiplication left to the caller."""
         if self.terms <= 0:
             return {}
-        return {
-            name: ScaledSums(layer.A_sum, layer.G_sum, 1 / self.terms, 1 / layer.positions)
-            for name, layer in self.layers.items()
-            if layer.positions > 0
-        }
+        result = {}
+        for name, layer in self.layers.items():
+            if layer.positions > 0:
+                inputs, outputs = layer.counts(self.terms)
+                result[name] = ScaledSums(layer.A_sum, layer.G_sum, 1 / inputs, 1 / outputs)
+        return result
 
     def finite(self) -> bool:
         """Whether no sum holds NaN or infinity. One host synchronisation."""
         # A non-finite entry of a row reaches the diagonal, a sum of squares, of its second moment: the traces tell.
-        traces = [t.diagonal(dim1=-2, dim2=-1).sum() for s in self.layers.values() for t in (s.A_sum, s.G_sum)]
+        traces = [diagonal(t).sum() for s in self.layers.values() for t in (s.A_sum, s.G_sum)]
         if not traces:
             return True
         home = traces[0].device
@@ -176,10 +186,11 @@ class Pending:
 
 
 def _zeros(adapter: LayerAdapter) -> LayerStatistics:
-    inputs, outputs = adapter.factor_sizes
     dtype, device = adapter.factor_dtype, adapter.weight.device
-    return LayerStatistics(
-        torch.zeros(inputs, inputs, dtype=dtype, device=device),
-        torch.zeros(outputs, outputs, dtype=dtype, device=device),
-        0,
-    )
+    A, G = (torch.zeros(shape, dtype=dtype, device=device) for shape in adapter.factor_shapes)
+    return LayerStatistics(A, G, 0, adapter.reduces)
+
+
+def diagonal(factor: Tensor) -> Tensor:
+    """The diagonal of a factor or of each group's, flat; a diagonal factor is its own."""
+    return factor if factor.dim() == 1 else factor.diagonal(dim1=-2, dim2=-1).flatten()

@@ -76,10 +76,21 @@ def factored_damping(A: Sequence[Tensor], G: Sequence[Tensor], damping: Tensor) 
         return damping, damping
     a = torch.stack([_mean_diagonal(factor) for factor in A])
     g = torch.stack([_mean_diagonal(factor) for factor in G])
-    # 0/0 says nothing about the scales; a negative mean can only be rounding of zero.
-    pi = (a.clamp(min=0) / g.clamp(min=0)).nan_to_num(nan=1.0, posinf=PI_RANGE**2).sqrt().clamp(1 / PI_RANGE, PI_RANGE)
+    pi = pi_from_means(a, g)
     root = damping.sqrt()
     return pi * root, root / pi
+
+
+def pi_from_means(a: Tensor, g: Tensor) -> Tensor:
+    """π = √(a/g) of each layer, within [1e-6, 1e6].
+
+    Args:
+        a: mean diagonal entry of A per layer.
+        g: mean diagonal entry of G per layer.
+    """
+    # 0/0 says nothing about the scales; a negative mean can only be rounding of zero.
+    ratio = (a.clamp(min=0) / g.clamp(min=0)).nan_to_num(nan=1.0, posinf=PI_RANGE**2)
+    return ratio.sqrt().clamp(1 / PI_RANGE, PI_RANGE)
 
 
 def damped_inverses(factors: Sequence[Tensor], damping: Tensor) -> Inverses:

@@ -47,7 +47,7 @@ class KFAC(GroupedOptimizer):
     earlier where a layer has none. A step whose gradients, statistics or preconditioned gradients are not finite is
     skipped whole: nothing but `skipped_steps` changes.
 
-    Parameters that no layer adapter covers (norms, embeddings, weights shared between modules, ...) train as SGD with
+    Parameters that no layer adapter covers (recurrent layers, weights shared between modules, ...) train as SGD with
     the same lr, momentum and weight decay, after one warning that names them. A layer of which some parameters are in
     `params` and others are not is refused. Weight and bias of a layer may lie in different groups as long as damping,
     kl_clip, factor_every and inverse_every agree; the layer then counts with the weight's decay in λ and the larger lr
@@ -72,7 +72,9 @@ class KFAC(GroupedOptimizer):
         fisher_samples: draws per example of "mc", >= 1.
         reduction: "mean" or "sum": what `.grad` is over all examples since the last step. Only "empirical" needs it.
         structure: "kfac".
-        sharing: "expand": how positions of a shared layer enter the factors.
+        sharing: how the positions of a shared layer (tokens, pixels) enter the factors: "expand" counts each as an
+            example, "reduce" averages the inputs and sums the gradients over those of an example (Eschenhagen et al.,
+            arXiv:2311.00636), whose axis is then the first.
         solve: "inverse" (factored Tikhonov damping) or "eigen" (exact damping).
         factor_decay: long-run decay of the running averages, in [0, 1].
         factor_every: steps between statistics, >= 1.
@@ -164,7 +166,7 @@ class KFAC(GroupedOptimizer):
             "fisher": self.fisher,
             "fisher_samples": options.count("KFAC: fisher_samples", fisher_samples),
             "reduction": options.choice("KFAC: reduction", reduction, ("mean", "sum")),
-            "sharing": options.choice("KFAC: sharing", sharing, ("expand",), ("reduce",)),
+            "sharing": None,  # each layer follows its group's
         }
         self._grad_scaler = grad_scaler
         self._counters = dict.fromkeys(checkpoint.COUNTERS, 0)
@@ -452,6 +454,7 @@ class KFAC(GroupedOptimizer):
             super().load_state_dict(loaded.base)
         finally:
             self._optimizer_load_state_dict_pre_hooks = hooks
+        check_layers(self._coverage.layers, self.param_groups)
         self._announce_due()
 
     def __getstate__(self) -> NoReturn:

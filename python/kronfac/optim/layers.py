@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from kronfac.curvature import KroneckerFactors, LayerAdapter, find_layers
+from kronfac.curvature.adapter import Block
+from kronfac.curvature.sharing import set_sharing
 from kronfac.optim.structures import Factorisation
 
 _NAMED_IN_WARNING = 30
-_ONE_VALUE_PER_LAYER = ("damping", "kl_clip", "factor_every", "inverse_every")
+_ONE_VALUE_PER_LAYER = ("damping", "kl_clip", "factor_every", "inverse_every", "sharing")
 
 
 @dataclass
@@ -49,10 +51,9 @@ class Layer:
         return self.parameters[0].device
 
     @property
-    def matrix_shape(self) -> tuple[int, int]:
-        """Shape (out, in[+1]) of the gradient matrix V."""
-        inputs, outputs = self.adapter.factor_sizes
-        return outputs, inputs
+    def block(self) -> Block:
+        """What the layer's Fisher block is made of."""
+        return self.adapter.block
 
 
 @dataclass(frozen=True)
@@ -145,12 +146,14 @@ def assign(model: nn.Module, groups: Sequence[Mapping[str, Any]], previous: Sequ
 
 
 def check_layers(layers: Iterable[Layer], groups: Sequence[Mapping[str, Any]]) -> None:
-    """Check that the groups of a layer's parameters agree where the layer needs one value.
+    """Check that the groups of a layer's parameters agree where the layer needs one value, and set its sharing.
 
     Raises:
-        ValueError: they do not; the message names layer and option.
+        ValueError: they do not, or the layer's adapter does not follow the sharing; the message names layer and option.
     """
     for layer in layers:
+        if groups[layer.groups[0]]["sharing"] != layer.adapter.sharing:
+            set_sharing(layer.name, layer.adapter, groups[layer.groups[0]]["sharing"])
         if len(set(layer.groups)) == 1:
             continue
         for name in _ONE_VALUE_PER_LAYER:

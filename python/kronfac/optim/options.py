@@ -8,6 +8,8 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
+from kronfac.curvature.sharing import SHARINGS
+
 Schedule: TypeAlias = "Callable[[int], float]"
 """A callable of the step (0-based) that gives an option's value for that step."""
 
@@ -98,7 +100,7 @@ def _kl_clip(where: str, value: object) -> float | None:
 
 
 def _sharing(where: str, value: object) -> str:
-    return choice(where, value, ("expand",), later=("reduce",))
+    return choice(where, value, SHARINGS)
 
 
 GROUP_OPTIONS: Mapping[str, Callable[[str, object], Any]] = {

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from kronfac.curvature import GradientRows, KroneckerFactors, ScaledSums
+from kronfac.curvature.adapter import Block
+from kronfac.curvature.statistics import diagonal
 from kronfac.optim.layers import Layer
-from kronfac.optim.structures import Factorisation, Structure
+from kronfac.optim.structures import Factorisation, Structures
 
 _T = TypeVar("_T")
 _SMALL = 4096  # elements; the passes over smaller tensors cost less together than the calls
@@ -35,8 +37,9 @@ class Preconditioned:
     """The preconditioned gradients of several layers.
 
     Attributes:
-        matrices: P per layer (out, in[+1]).
-        dots: ⟨P, V⟩ of the layers of one dtype and device, with the positions of these layers, in ascending order.
+        matrices: P per layer, shaped like its gradient matrix.
+        dots: ⟨P, V⟩ of the layers of one kind of block, dtype and device, with the positions of these layers, in
+            ascending order.
     """
 
     matrices: list[Tensor]
@@ -70,13 +73,14 @@ def average(layers: Sequence[Layer], fresh: Mapping[str, ScaledSums], factor_dec
 
 
 def factorise(
-    structure: Structure, layers: Sequence[Layer], factors: Sequence[KroneckerFactors], damping: Sequence[float]
+    structure: Structures, layers: Sequence[Layer], factors: Sequence[KroneckerFactors], damping: Sequence[float]
 ) -> tuple[list[Factorisation | None], int]:
-    """Factorise several layers, one call per dtype and device; returns (factorisations, retries)."""
+    """Factorise several layers, one call per kind of block, dtype and device; returns (factorisations, retries)."""
     values: list[Factorisation | None] = [None] * len(layers)
     retried = 0
-    for chosen in _buckets((layer.dtype, layer.device) for layer in layers):
-        done = structure.factorise([factors[i] for i in chosen], [damping[i] for i in chosen])
+    for chosen in _buckets((layer.block, layer.dtype, layer.device) for layer in layers):
+        own = structure.by_block[layers[chosen[0]].block]
+        done = own.factorise([factors[i] for i in chosen], [damping[i] for i in chosen])
         for index, value in zip(chosen, done.values, strict=True):
             values[index] = value
         retried += done.retried
@@ -84,16 +88,18 @@ def factorise(
 
 
 def precondition(
-    structure: Structure,
+    structure: Structures,
+    blocks: Sequence[Block],
     grads: Sequence[Callable[[], Tensor]],
     factorisations: Sequence[Factorisation],
     damping: Sequence[float],
     rows: Sequence[GradientRows | None],
 ) -> Preconditioned:
-    """Precondition several layers, one call per dtype and device, or one per layer where its rows are at hand.
+    """Precondition several layers, one call per kind of block, dtype and device, or per layer whose rows are at hand.
 
     Args:
         structure: how factors are applied.
+        blocks: what the Fisher block of each layer is made of.
         grads: make V of each layer.
         factorisations: of each layer.
         damping: of each layer.
@@ -103,17 +109,19 @@ def precondition(
     dots: list[tuple[list[int], Tensor]] = []
     rest: list[int] = []
     for index, (some, factorisation) in enumerate(zip(rows, factorisations, strict=True)):
-        if some is not None and structure.by_rows and some.form():
-            matrices[index], dot = structure.apply_rows(some, factorisation)
+        own = structure.by_block[blocks[index]]
+        if some is not None and own.by_rows and some.form():
+            matrices[index], dot = own.apply_rows(some, factorisation)
             dots.append(([index], dot.reshape(1)))
         else:
             rest.append(index)
     values = [grads[index]() for index in rest]
     # In float16 a preconditioned gradient overflows where its scaled-down update would not.
     values = [value.float() if value.dtype == torch.float16 else value for value in values]
-    for chosen in _buckets((value.dtype, value.device) for value in values):
+    keys = [(blocks[index], value.dtype, value.device) for index, value in zip(rest, values, strict=True)]
+    for chosen in _buckets(keys):
         layers = [rest[i] for i in chosen]
-        out, products = structure.apply(
+        out, products = structure.by_block[blocks[layers[0]]].apply(
             [values[i] for i in chosen], [factorisations[i] for i in layers], [damping[i] for i in layers]
         )
         for index, matrix in zip(layers, out, strict=True):
@@ -148,8 +156,8 @@ def all_finite(tensors: Iterable[Tensor]) -> list[Tensor]:
 def sums_finite(fresh: Iterable[ScaledSums]) -> list[Tensor]:
     """Whether fresh statistics are finite: one bool tensor () per dtype and device, without host synchronisation."""
     # A non-finite entry of a row reaches the diagonal, a sum of squares, of its second moment; it is all that is read.
-    diagonals = [factor.diagonal() for sums in fresh for factor in (sums.A_sum, sums.G_sum)]
-    buckets = _buckets((diagonal.dtype, diagonal.device) for diagonal in diagonals)
+    diagonals = [diagonal(factor) for sums in fresh for factor in (sums.A_sum, sums.G_sum)]
+    buckets = _buckets((some.dtype, some.device) for some in diagonals)
     return [torch.cat([diagonals[i] for i in chosen]).isfinite().all() for chosen in buckets]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from kronfac.curvature import KroneckerFactors
 from kronfac.optim.layers import Layer
 from kronfac.optim.options import GROUP_OPTIONS, check_group
-from kronfac.optim.structures import Factorisation, Structure
+from kronfac.optim.structures import Factorisation, Structures
 from kronfac.optim.update import MOMENTUM
 
 KEY = "kronfac"
@@ -59,7 +59,7 @@ class Loaded:
 
 def pack(
     *,
-    structure: Structure,
+    structure: Structures,
     counters: Mapping[str, int],
     eager: bool,
     generator: torch.Generator,
@@ -92,7 +92,7 @@ def pack(
 def check(
     state_dict: object,
     *,
-    structure: Structure,
+    structure: Structures,
     generator: torch.Generator,
     layers: Sequence[Layer],
     groups: Sequence[Mapping[str, Any]],
@@ -132,7 +132,7 @@ def check(
     )
 
 
-def _layers(value: object, layers: Sequence[Layer], structure: Structure) -> dict[str, LayerState]:
+def _layers(value: object, layers: Sequence[Layer], structure: Structures) -> dict[str, LayerState]:
     known = {layer.name: layer for layer in layers}
     saved = _mapping(f"{KEY}.layers", value)
     foreign = [name for name in saved if name not in known]
@@ -145,14 +145,15 @@ def _layers(value: object, layers: Sequence[Layer], structure: Structure) -> dic
     for name, entry in saved.items():
         layer, where = known[name], f"{KEY}.layers.{name}"
         fields = _mapping(where, entry, ("A", "G", "updates", "factorisation"))
-        outputs, inputs = layer.matrix_shape
+        inputs, outputs = layer.adapter.factor_sizes
+        A, G = layer.adapter.factor_shapes
         factors = KroneckerFactors(
-            A=_tensor(f"{where}.A", fields["A"], (inputs, inputs), layer),
-            G=_tensor(f"{where}.G", fields["G"], (outputs, outputs), layer),
+            A=_tensor(f"{where}.A", fields["A"], A, layer),
+            G=_tensor(f"{where}.G", fields["G"], G, layer),
         )
         factorisation = None
         if fields["factorisation"] is not None:
-            shapes = structure.shapes(outputs, inputs)
+            shapes = structure.shapes(layer.block, layer.adapter.groups, outputs, inputs)
             tensors = _mapping(f"{where}.factorisation", fields["factorisation"], tuple(shapes))
             factorisation = {
                 key: _tensor(f"{where}.factorisation.{key}", tensors[key], shape, layer)

@@ -21,7 +21,7 @@ from kronfac.optim.refresh import (
     precondition,
     sums_finite,
 )
-from kronfac.optim.structures import Factorisation, Structure
+from kronfac.optim.structures import Factorisation, Structures
 from kronfac.optim.update import add_weight_decay, apply_update, kl_scales
 
 Groups = Sequence[Mapping[str, Any]]
@@ -48,7 +48,7 @@ class Outcome:
 
 def advance(
     *,
-    structure: Structure,
+    structure: Structures,
     layers: Sequence[Layer],
     groups: Groups,
     state: MutableMapping[Tensor, dict[str, Tensor]],
@@ -102,6 +102,7 @@ def advance(
             current.append(factorisation)
     done = precondition(
         structure,
+        [layer.block for layer in ready],
         [partial(_regularised_gradient, layer, groups) for layer in ready],
         current,
         [_damping(layer, groups) for layer in ready],
@@ -112,7 +113,7 @@ def advance(
     )
     # A non-finite entry of V makes ⟨P, V⟩ non-finite: P holds its products with whole rows and columns of the inverses.
     flags.extend(products.isfinite().all() for _, products in done.dots)
-    seen = {id(p) for layer in ready for p in layer.parameters}
+    seen = {id(p) for layer in ready if layer.adapter.slices is None for p in layer.parameters}
     rest = [p.grad for group in groups for p in group["params"] if p.grad is not None and id(p) not in seen]
     if not _agree([*flags, *all_finite(rest)], home):
         return Outcome(applied=False)
@@ -183,8 +184,7 @@ def _regularised_gradient(layer: Layer, groups: Groups) -> Tensor:
     decays = [_l2(groups[index]) for index in layer.groups]
     if not any(decays):
         return gradient
-    sizes = [gradient.shape[1]] if len(decays) == 1 else [gradient.shape[1] - 1, 1]
-    return add_weight_decay(gradient, layer.adapter.weight_matrix(), decays, sizes)
+    return add_weight_decay(gradient, layer.adapter.weight_matrix(), decays, *layer.adapter.parts)
 
 
 def _clip_scales(layers: Sequence[Layer], done: Preconditioned, groups: Groups) -> list[Tensor | None]:
@@ -220,7 +220,11 @@ def _move(
     waiting = _clip(layers, matrices, scales)
     directions: dict[int, tuple[Tensor, Tensor | None]] = {}
     for layer, matrix, scale in zip(layers, matrices, waiting, strict=True):
-        for parameter, part in zip(layer.parameters, layer.adapter.split(matrix), strict=True):
+        parts = layer.adapter.split(matrix)
+        if layer.adapter.slices is not None:
+            _place(layer, parts, scale, groups, directions)
+            continue
+        for parameter, part in zip(layer.parameters, parts, strict=True):
             directions[id(parameter)] = part if part.dtype == parameter.dtype else part.to(parameter.dtype), scale
     for group in groups:
         moving = [p for p in group["params"] if p.grad is not None]
@@ -230,10 +234,31 @@ def _move(
         for p in moving:
             direction = directions.get(id(p))
             if direction is None:
-                direction = (p.grad.add(p, alpha=decay) if decay else p.grad), None
+                direction = _plain_direction(p, decay), None
             chosen.append(direction[0])
             factors.append(direction[1])
         apply_update(group, moving, chosen, state, factors)
+
+
+def _plain_direction(parameter: Tensor, decay: float) -> Tensor:
+    """As SGD: the gradient of the loss with its L2 term."""
+    assert parameter.grad is not None
+    return parameter.grad.add(parameter, alpha=decay) if decay else parameter.grad
+
+
+def _place(
+    layer: Layer,
+    parts: Sequence[Tensor],
+    scale: Tensor | None,
+    groups: Groups,
+    directions: MutableMapping[int, tuple[Tensor, Tensor | None]],
+) -> None:
+    """Put a layer that is a part of its parameters into their directions; parts without statistics move as SGD."""
+    assert layer.adapter.slices is not None
+    for parameter, index, part, place in zip(layer.parameters, layer.groups, parts, layer.adapter.slices, strict=False):
+        if id(parameter) not in directions:
+            directions[id(parameter)] = _plain_direction(parameter, _l2(groups[index])).clone(), None
+        directions[id(parameter)][0][place] = part if scale is None else part * scale
 
 
 def _clip(layers: Sequence[Layer], matrices: Sequence[Tensor], scales: Sequence[Tensor | None]) -> list[Tensor | None]:

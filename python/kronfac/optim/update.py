@@ -41,14 +41,17 @@ def kl_scales(dots: Sequence[Tensor], lrs: Sequence[float], clips: Sequence[floa
     return scales
 
 
-def add_weight_decay(gradient: Tensor, weight: Tensor, decays: Sequence[float], sizes: Sequence[int]) -> Tensor:
+def add_weight_decay(
+    gradient: Tensor, weight: Tensor, decays: Sequence[float], sizes: Sequence[int], axis: int = -1
+) -> Tensor:
     """Gradient matrix of the L2-regularised loss, V + ηW.
 
     Args:
-        gradient: V (out, in[+1]); never changed.
+        gradient: V; never changed.
         weight: W of the same shape.
         decays: η of each parameter that the matrix is made of.
-        sizes: how many columns each of these parameters takes, in order.
+        sizes: how many entries of `axis` each of these parameters takes, in order.
+        axis: along which the parameters lie.
     """
     if not any(decays):
         return gradient
@@ -56,12 +59,12 @@ def add_weight_decay(gradient: Tensor, weight: Tensor, decays: Sequence[float], 
     if len(set(decays)) == 1:
         return gradient.add(weight, alpha=decays[0])
     parts = zip(
-        torch.split_with_sizes(gradient, list(sizes), 1),
-        torch.split_with_sizes(weight, list(sizes), 1),
+        torch.split_with_sizes(gradient, list(sizes), axis),
+        torch.split_with_sizes(weight, list(sizes), axis),
         decays,
         strict=True,
     )
-    return torch.cat([v.add(w, alpha=decay) for v, w, decay in parts], 1)
+    return torch.cat([v.add(w, alpha=decay) for v, w, decay in parts], axis)
 
 
 def apply_update(

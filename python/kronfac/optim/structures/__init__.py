@@ -1,18 +1,59 @@
-"""How the factors of a layer are inverted and applied; `structure_for` chooses."""
+"""How the factors of a layer are inverted and applied; `structure_for` chooses.
+
+The option `structure` says how a Kronecker-factored block is handled. Blocks of another kind (`LayerAdapter.block`: a
+diagonal input factor, a small dense block) have structures of their own beside it, and layers in groups are any
+structure's blocks group by group.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from kronfac.curvature.adapter import Block
 from kronfac.optim.structures.base import Factorisation as Factorisation
 from kronfac.optim.structures.base import Factorised as Factorised
 from kronfac.optim.structures.base import Structure as Structure
+from kronfac.optim.structures.dense import DenseEigen, DenseInverse
+from kronfac.optim.structures.diagonal_input import DiagonalInputEigen, DiagonalInputInverse
+from kronfac.optim.structures.grouped import Grouped
 from kronfac.optim.structures.kronecker import KroneckerEigen, KroneckerInverse
 
-_STRUCTURES: dict[tuple[str, str], type[Structure]] = {
+_KRONECKER: dict[tuple[str, str], type[Structure]] = {
     ("kfac", "inverse"): KroneckerInverse,
     ("kfac", "eigen"): KroneckerEigen,
 }
+_OTHERS: dict[str, dict[Block, type[Structure]]] = {
+    "inverse": {"diagonal_input": DiagonalInputInverse, "dense": DenseInverse},
+    "eigen": {"diagonal_input": DiagonalInputEigen, "dense": DenseEigen},
+}
 
 
-def structure_for(structure: str, solve: str) -> Structure:
-    """The structure that KFAC's options `structure` and `solve` name (both checked by the caller)."""
-    return _STRUCTURES[structure, solve]()
+@dataclass(frozen=True)
+class Structures:
+    """A structure for every kind of block.
+
+    Attributes:
+        name: of the structure of Kronecker-factored blocks; a checkpoint of another name is refused.
+        by_block: the structure of each kind.
+    """
+
+    name: str
+    by_block: Mapping[Block, Structure]
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether gradients given by their rows are of use to any layer."""
+        return any(structure.by_rows for structure in self.by_block.values())
+
+    def shapes(self, block: Block, groups: int, outputs: int, inputs: int) -> dict[str, tuple[int, ...]]:
+        """Shape of each tensor of a layer's `Factorisation`."""
+        shapes = self.by_block[block].shapes(outputs, inputs)
+        return {key: shape if groups == 1 else (groups, *shape) for key, shape in shapes.items()}
+
+
+def structure_for(structure: str, solve: str) -> Structures:
+    """The structures that KFAC's options `structure` and `solve` name (both checked by the caller)."""
+    kronecker = _KRONECKER[structure, solve]()
+    others = {block: kind() for block, kind in _OTHERS[solve].items()}
+    return Structures(kronecker.name, {"kronecker": Grouped(kronecker), **others})

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
+import torch
 from torch import Tensor
 
 from kronfac.curvature import GradientRows, KroneckerFactors
@@ -76,3 +77,30 @@ class Structure(Protocol):
         Returns:
             P (out, in), and ⟨P, V⟩ of shape ().
         """
+
+
+class WithoutRows:
+    """For structures that need the gradient matrix itself."""
+
+    by_rows = False
+
+    def apply_rows(self, rows: GradientRows, factorisation: Factorisation) -> tuple[Tensor, Tensor]:
+        """There is no such way."""
+        raise NotImplementedError(f"{type(self).__name__}.apply_rows: by_rows is False")
+
+
+def per_layer(values: Sequence[float], like: Sequence[Tensor]) -> Tensor:
+    """`values` as a tensor beside `like`; equal values are filled on the device instead of being copied there."""
+    dtype, device = like[0].dtype, like[0].device
+    limits = torch.finfo(dtype)
+    # A Python float below or above the dtype's range would arrive as 0 or infinity.
+    fitted = [min(max(value, limits.tiny), limits.max) for value in values]
+    if len(set(fitted)) == 1:
+        return torch.full((len(fitted),), fitted[0], dtype=dtype, device=device)
+    return torch.tensor(fitted, dtype=dtype, device=device)
+
+
+def finish(grads: Sequence[Tensor], out: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """The results of `Structure.apply`: P in the dtype of V, and ⟨P, V⟩ of P before it is rounded to that."""
+    dots = [(p * grad).sum() for p, grad in zip(out, grads, strict=True)]
+    return [p.to(grad.dtype) for p, grad in zip(out, grads, strict=True)], torch.stack(dots)

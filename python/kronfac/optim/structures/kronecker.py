@@ -10,7 +10,7 @@ from torch import Tensor
 from kronfac import ops
 from kronfac.curvature import GradientRows, KroneckerFactors
 from kronfac.linalg.damped import damped_inverses, eigenbases, factored_damping
-from kronfac.optim.structures.base import Factorisation, Factorised
+from kronfac.optim.structures.base import Factorisation, Factorised, per_layer
 
 
 class KroneckerInverse:
@@ -29,7 +29,7 @@ class KroneckerInverse:
     def factorise(self, factors: Sequence[KroneckerFactors], damping: Sequence[float]) -> Factorised:
         """See `Structure.factorise`. A layer counts as inverted when both of its factors are."""
         A, G = [pair.A for pair in factors], [pair.G for pair in factors]
-        right_damping, left_damping = factored_damping(A, G, _per_layer(damping, A))
+        right_damping, left_damping = factored_damping(A, G, per_layer(damping, A))
         # One call for both sides: the operator spreads a ragged list over the threads by itself.
         inverses = damped_inverses([*A, *G], torch.cat([right_damping, left_damping]))
         values: list[Factorisation | None] = []
@@ -98,20 +98,9 @@ class KroneckerEigen:
             [f["left_vectors"] for f in factorisations],
             [f["right_vectors"] for f in factorisations],
             eigenvalues,
-            _per_layer(damping, eigenvalues),
+            per_layer(damping, eigenvalues),
         )
 
     def apply_rows(self, rows: GradientRows, factorisation: Factorisation) -> tuple[Tensor, Tensor]:
         """There is no such way."""
         raise NotImplementedError("KroneckerEigen.apply_rows: by_rows is False")
-
-
-def _per_layer(values: Sequence[float], like: Sequence[Tensor]) -> Tensor:
-    """`values` as a tensor beside `like`; equal values are filled on the device instead of being copied there."""
-    dtype, device = like[0].dtype, like[0].device
-    limits = torch.finfo(dtype)
-    # A Python float below or above the dtype's range would arrive as 0 or infinity.
-    fitted = [min(max(value, limits.tiny), limits.max) for value in values]
-    if len(set(fitted)) == 1:
-        return torch.full((len(fitted),), fitted[0], dtype=dtype, device=device)
-    return torch.tensor(fitted, dtype=dtype, device=device)
