@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -207,37 +206,3 @@ def test_a_layer_used_twice_is_reduced_call_by_call() -> None:
     ones = x.new_ones(10, 1)
     rows = torch.cat([torch.cat([x.mean(1), inner.mean(1)]), ones], 1)
     torch.testing.assert_close(optimizer.factors()["layer"].A, rows.T @ rows / 10)
-
-
-def test_a_network_of_all_layer_types_trains_without_a_warning() -> None:
-    class Everything(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embedding = nn.Embedding(11, 8, padding_idx=0)
-            self.conv = nn.Conv1d(8, 8, 3, padding="same", groups=4)
-            self.layer_norm, self.group_norm, self.batch_norm = nn.LayerNorm(8), nn.GroupNorm(2, 80), nn.BatchNorm1d(6)
-            self.up, self.transposed = nn.Conv1d(8, 80, 1), nn.ConvTranspose1d(80, 6, 3, stride=2, groups=2, padding=1)
-            self.head = nn.Linear(6, 3)
-
-        def forward(self, tokens: Tensor) -> Tensor:
-            h = self.layer_norm(self.embedding(tokens)).mT
-            h = self.group_norm(self.up(torch.relu(self.conv(h))))
-            return self.head(self.batch_norm(self.transposed(h)).mean(-1))  # type: ignore[no-any-return]
-
-    for fisher in ("mc", "empirical"):
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            torch.manual_seed(0)
-            model = Everything()
-            optimizer = KFAC(model, 0.1, fisher=fisher)
-            x, y = torch.randint(11, (16, 7)), torch.randint(3, (16,))
-            losses = []
-            for _ in range(25):
-                optimizer.zero_grad()
-                loss = functional.cross_entropy(model(x), y)
-                loss.backward()
-                optimizer.step()
-                losses.append(loss.item())
-        assert len(optimizer.layers) == 8
-        assert optimizer.skipped_steps == optimizer.inverse_failures == 0
-        assert losses[-1] < 0.1 * losses[0]

@@ -59,11 +59,12 @@ class NormAdapter(LayerAdapter):
 
     def layer_gradient(self, g: Tensor, x: Tensor) -> Tensor:
         """Per position the gradients of γ and β, (*, parameters), the units as last axis of `g`."""
-        g = self.units_last(g)
+        # Norms compute in float32 whatever the type of their input; rounded to that, x̂ would not be theirs.
+        g = self.units_last(g).to(self.factor_dtype)
+        scaled = g * self.units_last(self.normalised(x.to(self.factor_dtype)))
         if not self.has_bias:
-            return g * self.units_last(self.normalised(x))
-        pair = torch.stack([g * self.units_last(self.normalised(x)), g], -1 if self.groups > 1 else -2)
-        return pair.flatten(-2)
+            return scaled
+        return torch.stack([scaled, g], -1 if self.groups > 1 else -2).flatten(-2)
 
     def units_last(self, x: Tensor) -> Tensor:
         """(examples, *positions, units)."""
@@ -171,4 +172,5 @@ class BatchNormAdapter(ChannelNormAdapter):
         norm = cast(nn.BatchNorm2d, self.module)
         if norm.training or norm.running_mean is None or norm.running_var is None:
             return functional.batch_norm(x, None, None, None, None, True, 0.0, norm.eps)
-        return functional.batch_norm(x, norm.running_mean, norm.running_var, None, None, False, 0.0, norm.eps)
+        moments = norm.running_mean.to(x.dtype), norm.running_var.to(x.dtype)
+        return functional.batch_norm(x, *moments, None, None, False, 0.0, norm.eps)
