@@ -143,6 +143,21 @@ class ChannelNormAdapter(NormAdapter):
     Only a mask over examples, of shape (N,), covers one.
     """
 
+    def layer_gradient(self, g: Tensor, x: Tensor) -> Tensor:
+        """Per example the gradients of γ and β, (N, parameters): summed over the positions at once, where they lie.
+
+        Maps are large, and every pass over one of its own would show in the time of a step.
+        """
+
+        def of_examples(gradient: Tensor) -> Tensor:
+            return gradient.flatten(2).sum(-1) if gradient.dim() > 2 else gradient
+
+        g = g.to(self.factor_dtype)
+        scaled = of_examples(g * self.normalised(x.to(self.factor_dtype)))
+        if not self.has_bias:
+            return scaled
+        return torch.stack([scaled, of_examples(g)], -1 if self.groups > 1 else -2).flatten(-2)
+
     def units_last(self, x: Tensor) -> Tensor:
         """See `NormAdapter.units_last`."""
         return x.movedim(1, -1)
