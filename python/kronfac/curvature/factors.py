@@ -54,7 +54,7 @@ def factors(
 
     Returns:
         ``{layer name: KroneckerFactors(A (in[+1], in[+1]), G (out, out))}``, with other shapes for layers in groups,
-        embeddings and norms as `KroneckerFactors` says, scaled as in algorithms.md, section 1:
+        embeddings and norms as `KroneckerFactors` says; those of single examples, as `Pending.factors` scales them:
         independent of the batch size and of the reduction of the loss. Layers that the output does not depend on
         are absent.
 

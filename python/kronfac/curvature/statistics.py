@@ -108,6 +108,9 @@ class Pending:
     def factors(self) -> dict[str, KroneckerFactors]:
         """A = (1/M) Σ ā āᵀ and G = (1/R) Σ g gᵀ, or A = (1/R) Σ ā āᵀ and G = (1/M) Σ g gᵀ over whole examples.
 
+        M is how many terms a mean-reduced loss averages over, R how many positions the layer saw, and g = d(-log p)/ds
+        of a single example: neither the batch size nor the reduction of the loss is in the factors.
+
         Returns:
             New tensors by layer name; empty when nothing was recorded or every term was masked.
         """

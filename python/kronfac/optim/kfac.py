@@ -30,7 +30,7 @@ Count: TypeAlias = "int | Schedule"
 class KFAC(GroupedOptimizer):
     """K-FAC: natural gradient descent with one Kronecker-factored Fisher block per layer.
 
-    Used like `torch.optim.SGD`, except that it is given the model, whose forward it watches::
+    Used like `torch.optim.SGD`, except that it is given the model, whose forward it watches:
 
         optimizer = kronfac.KFAC(model, lr=0.1)
         for x, y in loader:
