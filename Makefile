@@ -8,13 +8,14 @@ OUT ?= demo-report
 PY := $(VENV)/bin/python
 CXX_SOURCES := $(shell find csrc \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' \))
 
-.PHONY: help demo test test-slow sanitize lint format build wheel bench clean
+.PHONY: help demo test test-slow sanitize lint format build wheel bench docs clean
 help:
 	@echo "make demo       train on digits with SGD and K-FAC, look at both Hessian spectra; report in $(OUT)/report.html"
 	@echo "make test       all tests, under every instruction set this machine has"
 	@echo "make test-slow  the tests marked slow"
 	@echo "make sanitize   the operator tests with address and undefined-behaviour sanitizers, under every instruction set"
 	@echo "make lint       ruff, mypy, clang-format (all checks, no changes);  make format applies them"
+	@echo "make docs       the documentation as a site in site/; dead links and missing references are errors"
 	@echo "make bench      time every operator and whole steps against what you would use instead (see bench/README.md)"
 	@echo "make build      compile and install in place (editable);  make wheel builds dist/*.whl"
 
@@ -88,8 +89,18 @@ $(VENV)/.bench: $(VENV)/.tools
 bench: build $(VENV)/.bench
 	$(PY) -m pytest bench --benchmark-autosave --benchmark-columns=median,iqr,rounds $(BENCH)
 
+# The pages of the API are made from the sources as text: nothing has to be compiled, or importable, for the site.
+$(VENV)/.docs: $(VENV)/.tools
+	$(PY) -m pip install -q "mkdocs<2" "mkdocs-material==9.8.1" "mkdocstrings==1.0.8" "mkdocstrings-python==2.0.11" "ruff==0.17.5"
+	touch $@
+
+# Without --quiet, which hides warnings from --strict as well.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+	@echo "open site/index.html, or for the search too: $(PY) -m http.server -d site"
+
 wheel: $(VENV)/.tools
 	$(PY) -m pip wheel -q --no-build-isolation --no-deps -w dist .
 
 clean:
-	rm -rf build dist $(OUT)
+	rm -rf build dist site $(OUT)
