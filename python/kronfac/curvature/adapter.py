@@ -206,7 +206,7 @@ class LayerAdapter(ABC):
 
     @abstractmethod
     def input_statistics(self, out: Tensor | None, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Add Σ [a; 1][a; 1]ᵀ over the shared positions; with sharing="reduce" over the means of each example.
+        """Add Σ ā āᵀ, ā = [a; 1], over the shared positions; with sharing="reduce" over the means of each example.
 
         Args:
             out: sums so far, shaped like A, updated in place; None for zeros.
