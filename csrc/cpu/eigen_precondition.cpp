@@ -24,9 +24,10 @@ void precondition(const std::vector<Tensor>& grads, const std::vector<Tensor>& l
     spectra.push_back(matrix_of(eigenvalues[l]));
     out_data.push_back(static_cast<std::byte*>(out[l].mutable_data_ptr()));
   }
-  const std::vector<Slice> slices = cut(layers, thread_count(), kernels.blocks);
+  const int64_t threads = threads_for(layers);
+  const std::vector<Slice> slices = cut(layers, threads, kernels.blocks);
   const SliceScratch sizes = scratch_for(kernels, slices, layers);
-  const int64_t workers = std::max<int64_t>(1, std::min(thread_count(), static_cast<int64_t>(slices.size())));
+  const int64_t workers = std::max<int64_t>(1, std::min(threads, static_cast<int64_t>(slices.size())));
 
   // A layer in one slice is finished by one task. The others go to the eigenbasis and back in two rounds, because the
   // way back needs every entry there; theirs is the memory for the whole gradient in between.

@@ -34,6 +34,17 @@ struct SliceScratch {
   int64_t bytes() const { return inner + outer + gemm; }
 };
 
+// As many threads as each get this many multiply-adds: waking one takes as long as some hundred thousand.
+inline int64_t threads_for(const std::vector<Layer>& layers) {
+  constexpr double kLeastWork = 1e6;
+  double total = 0;
+  for (const Layer& layer : layers) total += layer.work();
+  const int64_t most = thread_count();
+  return total >= kLeastWork * static_cast<double>(most)
+             ? most
+             : std::max<int64_t>(1, static_cast<int64_t>(total / kLeastWork));
+}
+
 // Along the longer side, because then the shorter factor is the one that is packed again for every slice.
 inline std::vector<Slice> cut(const std::vector<Layer>& layers, int64_t threads, const kernels::Blocks& blocks) {
   constexpr double kSlicesPerThread = 4;  // enough for a balance within about an eighth
