@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import cast
 
 import torch
@@ -53,9 +54,9 @@ class NormAdapter(LayerAdapter):
         """Always: the gradients of the parameters are those of whole examples."""
         return True
 
+    @abstractmethod
     def normalised(self, x: Tensor) -> Tensor:
         """x̂ as the layer's forward made it of `x`."""
-        raise NotImplementedError
 
     def layer_gradient(self, g: Tensor, x: Tensor) -> Tensor:
         """Per position the gradients of γ and β, (*, parameters), the units as last axis of `g`."""
@@ -66,9 +67,9 @@ class NormAdapter(LayerAdapter):
             return scaled
         return torch.stack([scaled, g], -1 if self.groups > 1 else -2).flatten(-2)
 
+    @abstractmethod
     def units_last(self, x: Tensor) -> Tensor:
         """(examples, *positions, units)."""
-        raise NotImplementedError
 
     def units_last_shape(self, shape: torch.Size) -> torch.Size:
         """Of `units_last` of a tensor of this shape."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -114,25 +114,23 @@ class Pending:
         Returns:
             New tensors by layer name; empty when nothing was recorded or every term was masked.
         """
-        if self.terms <= 0:
-            return {}
-        result = {}
-        for name, layer in self.layers.items():
-            if layer.positions > 0:
-                inputs, outputs = layer.counts(self.terms)
-                result[name] = KroneckerFactors(layer.A_sum / inputs, layer.G_sum / outputs)
-        return result
+        return {
+            name: KroneckerFactors(layer.A_sum / inputs, layer.G_sum / outputs)
+            for name, layer, inputs, outputs in self._recorded()
+        }
 
     def scaled_sums(self) -> dict[str, ScaledSums]:
         """What `factors` returns, by layer name, with the multiplication left to the caller."""
-        if self.terms <= 0:
-            return {}
-        result = {}
+        return {
+            name: ScaledSums(layer.A_sum, layer.G_sum, 1 / inputs, 1 / outputs)
+            for name, layer, inputs, outputs in self._recorded()
+        }
+
+    def _recorded(self) -> Iterator[tuple[str, LayerStatistics, float, float]]:
+        """Layers that saw anything: name, sums, and what A and G are divided by."""
         for name, layer in self.layers.items():
-            if layer.positions > 0:
-                inputs, outputs = layer.counts(self.terms)
-                result[name] = ScaledSums(layer.A_sum, layer.G_sum, 1 / inputs, 1 / outputs)
-        return result
+            if self.terms > 0 and layer.positions > 0:
+                yield name, layer, *layer.counts(self.terms)
 
     def finite(self) -> bool:
         """Whether no sum holds NaN or infinity. One host synchronisation."""

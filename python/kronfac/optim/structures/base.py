@@ -86,7 +86,7 @@ class WithoutRows:
 
     def apply_rows(self, rows: GradientRows, factorisation: Factorisation) -> tuple[Tensor, Tensor]:
         """There is no such way."""
-        raise NotImplementedError(f"{type(self).__name__}.apply_rows: by_rows is False")
+        raise AssertionError(f"{type(self).__name__}.apply_rows: called although by_rows is False")
 
 
 def per_layer(values: Sequence[float], like: Sequence[Tensor]) -> Tensor:

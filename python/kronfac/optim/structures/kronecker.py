@@ -10,7 +10,7 @@ from torch import Tensor
 from kronfac import ops
 from kronfac.curvature import GradientRows, KroneckerFactors
 from kronfac.linalg.damped import damped_inverses, eigenbases, factored_damping
-from kronfac.optim.structures.base import Factorisation, Factorised, per_layer
+from kronfac.optim.structures.base import Factorisation, Factorised, WithoutRows, per_layer
 
 
 class KroneckerInverse:
@@ -61,11 +61,13 @@ class KroneckerInverse:
         return y.mT @ z, dot
 
 
-class KroneckerEigen:
-    """P = Q_G [(Q_Gᵀ V Q_A) ⊘ (λ_G λ_Aᵀ + λ)] Q_Aᵀ: exact damping in the eigenbasis; λ may change at every step."""
+class KroneckerEigen(WithoutRows):
+    """P = Q_G [(Q_Gᵀ V Q_A) ⊘ (λ_G λ_Aᵀ + λ)] Q_Aᵀ: exact damping in the eigenbasis; λ may change at every step.
+
+    The division in the eigenbasis needs the gradient as a matrix.
+    """
 
     name = "kfac/eigen"
-    by_rows = False  # the division in the eigenbasis needs the matrix
 
     def shapes(self, outputs: int, inputs: int) -> Mapping[str, tuple[int, ...]]:
         """Eigenvectors of G ("left_vectors") and A ("right_vectors"), eigenvalues of their product as a matrix."""
@@ -100,7 +102,3 @@ class KroneckerEigen:
             eigenvalues,
             per_layer(damping, eigenvalues),
         )
-
-    def apply_rows(self, rows: GradientRows, factorisation: Factorisation) -> tuple[Tensor, Tensor]:
-        """There is no such way."""
-        raise NotImplementedError("KroneckerEigen.apply_rows: by_rows is False")
