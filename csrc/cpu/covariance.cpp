@@ -14,7 +14,7 @@ void check_input(const char* op, const Tensor& x, double scale) {
 constexpr int64_t kFlatBytes = int64_t{8} << 20;
 // Fewer entries are packed by one thread: waiting for others to wake would take longer.
 constexpr int64_t kPackedAlone = int64_t{1} << 18;
-// A thread gets this many multiply-adds at least: waking it takes as long as some hundred thousand of them.
+// A thread gets this many multiply-adds at least.
 constexpr double kLeastWork = 5e5;
 
 template <class T>
@@ -59,7 +59,7 @@ void covariance_into(const Tensor& out, const Tensor& x, double decay, double sc
   const SymmetricOutput target = symmetric_output(out, 1);
   const int64_t m = x.size(0), d = target.d;
   const double work = static_cast<double>(m) * static_cast<double>(d) * static_cast<double>(d + 1) / 2;
-  const int64_t threads = work < 2 * kLeastWork ? 1 : std::min(static_cast<int64_t>(work / kLeastWork), thread_count());
+  const int64_t threads = worthwhile_threads(work, kLeastWork);
   const bool narrow = d <= kernels::kNarrowColumns;
   const auto& flat = kernels.covariance_flat;
   const int64_t most_rows = input.x.type == kernels::Element::bf16 ? flat.most_bfloat_rows : flat.most_rows;

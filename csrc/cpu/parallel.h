@@ -17,6 +17,11 @@ namespace kronfac::cpu {
 
 inline int64_t thread_count() { return static_cast<int64_t>(torch::stable::get_num_threads()); }
 
+// As many threads as each get `least` multiply-adds of `work`: waking one takes as long as some hundred thousand.
+inline int64_t worthwhile_threads(double work, double least) {
+  return work < 2 * least ? 1 : std::min(static_cast<int64_t>(work / least), thread_count());
+}
+
 // Memory for packed panels and the like: uninitialised, aligned to cache lines. Each thread keeps the last block it
 // gave back, up to kKept bytes, so that repeated calls do not fault in fresh pages.
 class Scratch {

@@ -17,20 +17,20 @@ class ParallelGemm {
 
   static int64_t scratch_bytes(int64_t n) { return Scratch::rounded(Kernels<T>().gemm_scratch(n, n, n)); }
 
-  // C := beta * C + alpha * A B; with `lower`, of a square C the lower triangle only. run: see kernels/gemm.h.
+  // C := beta * C + alpha * A B; with `lower`, of a square C the lower triangle only.
   void operator()(int64_t m, int64_t n, int64_t k, double alpha, const kernels::Matrix& a, const kernels::Matrix& b,
-                  double beta, T* c, int64_t ldc, bool lower = false, int64_t run = 0) const {
+                  double beta, T* c, int64_t ldc, bool lower = false) const {
     const bool worthwhile = static_cast<double>(m) * static_cast<double>(n) * static_cast<double>(k) > kParallelWork;
     const bool by_rows = lower || m >= n;
-    const kernels::Terms terms{run, kernels_.split_pays(m, n, k)};
+    const bool split = kernels_.split_pays(m, n, k);
     ranges(by_rows ? m : n, by_rows ? kernels_.blocks.mr : kernels_.blocks.nr, lower, worthwhile,
            [&](int64_t lo, int64_t hi, int64_t part) {
              void* scratch = scratch_ + part * scratch_bytes_;
              if (by_rows) {
-               kernels_.gemm(hi - lo, n, k, alpha, shift(a, lo, 0), b, beta, c + lo * ldc, ldc, {lower, lo, 0}, terms,
+               kernels_.gemm(hi - lo, n, k, alpha, shift(a, lo, 0), b, beta, c + lo * ldc, ldc, {lower, lo, 0}, split,
                              scratch);
              } else {
-               kernels_.gemm(m, hi - lo, k, alpha, a, shift(b, 0, lo), beta, c + lo, ldc, {}, terms, scratch);
+               kernels_.gemm(m, hi - lo, k, alpha, a, shift(b, 0, lo), beta, c + lo, ldc, {}, split, scratch);
              }
            });
   }

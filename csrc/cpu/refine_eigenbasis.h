@@ -65,7 +65,7 @@ class EigenbasisRefinement {
   bool symmetrise(const T* f, int64_t row_stride, int64_t col_stride) {
     std::atomic<bool> finite{true};
     gemm_.ranges(n_, 1, true, true, [&](int64_t lo, int64_t hi, int64_t) {
-      if (!gemm_.kernels().damped_inverse.copy_in(f, row_stride, col_stride, n_, T(0), lo, hi, a_)) finite = false;
+      if (!gemm_.kernels().damped_inverse.copy_in(f, row_stride, col_stride, n_, lo, hi, a_)) finite = false;
     });
     if (!finite) return false;
     gemm_.ranges(n_, 1, true, true,

@@ -34,15 +34,13 @@ struct SliceScratch {
   int64_t bytes() const { return inner + outer + gemm; }
 };
 
-// As many threads as each get this many multiply-adds: waking one takes as long as some hundred thousand.
+// A thread gets this many multiply-adds at least.
+constexpr double kLeastLayerWork = 1e6;
+
 inline int64_t threads_for(const std::vector<Layer>& layers) {
-  constexpr double kLeastWork = 1e6;
   double total = 0;
   for (const Layer& layer : layers) total += layer.work();
-  const int64_t most = thread_count();
-  return total >= kLeastWork * static_cast<double>(most)
-             ? most
-             : std::max<int64_t>(1, static_cast<int64_t>(total / kLeastWork));
+  return worthwhile_threads(total, kLeastLayerWork);
 }
 
 // Along the longer side, because then the shorter factor is the one that is packed again for every slice.
@@ -116,7 +114,7 @@ void two_sided(const Kernels<T>& kernels, const Slice& slice, const Layer& layer
                const kernels::Matrix& grad, const kernels::Matrix& right, T* inner, T* c, int64_t ldc,
                void* gemm_scratch) {
   const int64_t o = layer.rows, i = layer.columns, w = slice.width(), size = static_cast<int64_t>(sizeof(T));
-  const kernels::Terms along{0, kernels.split_pays(o, i, i)}, across{0, kernels.split_pays(o, i, o)};
+  const bool along = kernels.split_pays(o, i, i), across = kernels.split_pays(o, i, o);
   if (slice.by_columns) {
     kernels.gemm(o, w, i, 1, grad, shifted(right, 0, slice.lo, size), 0, inner, w, {}, along, gemm_scratch);
     kernels.gemm(o, w, o, 1, left, dense(inner, w), 0, c, ldc, {}, across, gemm_scratch);

@@ -9,8 +9,7 @@ namespace {
 // Tiles of the transposing copies: 16 x 16 floats are 16 cache lines on either side.
 constexpr int64_t kTile = 16;
 template <class T>
-bool copy_in(const T* f, int64_t row_stride, int64_t col_stride, int64_t n, T damping, int64_t row0, int64_t row1,
-             T* x) {
+bool copy_in(const T* f, int64_t row_stride, int64_t col_stride, int64_t n, int64_t row0, int64_t row1, T* x) {
   constexpr int64_t lanes = kLanes<T>;
   Vector<T> defect{};
   int bad = 0;
@@ -47,7 +46,6 @@ bool copy_in(const T* f, int64_t row_stride, int64_t col_stride, int64_t n, T da
       }
     }
     for (int64_t i = ib; i < ie; ++i) {
-      x[i * n + i] += damping;
       for (int64_t j = i + 1; j < n; ++j) x[i * n + j] = 0;
     }
   }

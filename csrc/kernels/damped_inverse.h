@@ -12,11 +12,9 @@ inline constexpr int64_t kCholeskyLeaf = 64;
 
 template <class T>
 struct DampedInverseKernels {
-  // Lower triangle of x (n, n, contiguous) := that of the symmetric f plus damping on the diagonal; strict upper
-  // triangle := 0. Rows row0 <= i < row1. False when an entry that was read is not finite (f's strict upper triangle is
-  // never read).
-  bool (*copy_in)(const T* f, int64_t row_stride, int64_t col_stride, int64_t n, T damping, int64_t row0, int64_t row1,
-                  T* x);
+  // Lower triangle of x (n, n, contiguous) := that of the symmetric f; strict upper triangle := 0. Rows row0 <= i <
+  // row1. False when an entry that was read is not finite (f's strict upper triangle is never read).
+  bool (*copy_in)(const T* f, int64_t row_stride, int64_t col_stride, int64_t n, int64_t row0, int64_t row1, T* x);
   // The whole operation for n <= kCholeskyLeaf: x (n, n, contiguous) := (f + damping I)^-1, both triangles. Returns 0,
   // the order of the first bad leading minor, or -1 when f or the inverse is not finite; x is then undefined.
   int32_t (*small)(const T* f, int64_t row_stride, int64_t col_stride, int64_t n, double damping, T* x);

@@ -37,21 +37,8 @@ struct Product {
   T* c;
   int64_t ldc;
   Triangle triangle;
-  int64_t run;
   bool in_place;  // A
 };
-
-// The sum over kc terms of one tile in runs, so that each run is rounded from zero; C stays in L1 in between.
-template <class T>
-void add_runs(const Product<T>& p, TileKernel<T> kernel, TileOperands<T> t, int64_t kc) {
-  for (int64_t k = 0; k < kc; k += p.run) {
-    kernel(smaller(p.run, kc - k), t);
-    t.a += p.in_place ? p.run : p.run * kMr<T>;
-    t.b += p.run * t.b_row;
-    t.next += p.run * t.next_row;
-    t.beta = T(1);
-  }
-}
 
 // A tile on the diagonal of a triangle: computed whole, and the part below the diagonal is added to C.
 template <class T>
@@ -63,19 +50,12 @@ void diagonal_tile(const Product<T>& p, TileKernel<T> kernel, TileOperands<T> t,
   t.c = whole;
   t.ldc = kNr<T>;
   t.tail = kLanes<T>;
-  for (int64_t k = 0; k < kc; k += p.run) {
-    t.beta = T(0);
-    kernel(smaller(p.run, kc - k), t);
-    t.a += p.in_place ? p.run : p.run * kMr<T>;
-    t.b += p.run * t.b_row;
-    t.next += p.run * t.next_row;
-    const T keep = k == 0 ? beta : T(1);
-    for (int64_t r = 0; r < rows; ++r) {
-      T* out = c + r * p.ldc;
-      const T* in = whole + r * kNr<T>;
-      for (int64_t s = 0; s < smaller(columns, below + r + 1); ++s)
-        out[s] = keep == T(0) ? in[s] : keep * out[s] + in[s];
-    }
+  t.beta = T(0);
+  kernel(kc, t);
+  for (int64_t r = 0; r < rows; ++r) {
+    T* out = c + r * p.ldc;
+    const T* in = whole + r * kNr<T>;
+    for (int64_t s = 0; s < smaller(columns, below + r + 1); ++s) out[s] = beta == T(0) ? in[s] : beta * out[s] + in[s];
   }
 }
 
@@ -109,10 +89,8 @@ void multiply_panel(const Product<T>& p, int64_t i0, int64_t m, int64_t j0, int6
                             needed - (vectors - 1) * lanes};
     if (p.triangle.lower && below < columns - 1) {
       diagonal_tile(p, kernel, t, kc, rows, columns, below);
-    } else if (kc <= p.run) {
-      kernel(kc, t);
     } else {
-      add_runs(p, kernel, t, kc);
+      kernel(kc, t);
     }
   }
 }
@@ -140,21 +118,20 @@ int64_t gemm_scratch(int64_t m, int64_t, int64_t k) {
 
 template <class T>
 void gemm(int64_t m, int64_t n, int64_t k, T alpha, const Matrix& a, const Matrix& b, T beta, T* c, int64_t ldc,
-          const Triangle& triangle, const Terms& terms, void* scratch) {
+          const Triangle& triangle, [[maybe_unused]] bool split, void* scratch) {
   constexpr Blocks block = blocks_of<T>();
   static_assert(block.nr % block.mr == 0 && kRowBlock % block.mr == 0);
   if (m <= 0 || n <= 0) return;
   if (k <= 0) return scale_only(m, n, beta, c, ldc, triangle);
 #ifdef KRONFAC_SPLIT
   if constexpr (sizeof(T) == sizeof(float)) {
-    if (terms.split) return gemm_split(m, n, k, alpha, a, b, beta, c, ldc, triangle, scratch);
+    if (split) return gemm_split(m, n, k, alpha, a, b, beta, c, ldc, triangle, scratch);
   }
 #endif
   constexpr Element own = sizeof(T) == sizeof(float) ? Element::f32 : Element::f64;
   const Matrix left = a.transposed();
   const bool right_in_place = b.type == own && b.col_stride == 1 && m <= kUnpackedTiles * block.mr;
-  const Product<T> product{
-      alpha, c, ldc, triangle, terms.run > 0 ? terms.run : kDepth<T>, a.type == own && a.col_stride == 1};
+  const Product<T> product{alpha, c, ldc, triangle, a.type == own && a.col_stride == 1};
   T* packed_a = static_cast<T*>(scratch);
   T* packed_b = reinterpret_cast<T*>(static_cast<char*>(scratch) + left_bytes<T>(m, k));
   const int64_t blocks = (k + kDepth<T> - 1) / kDepth<T>, depth = (k + blocks - 1) / blocks;
@@ -194,12 +171,12 @@ void gemm(int64_t m, int64_t n, int64_t k, T alpha, const Matrix& a, const Matri
 }  // namespace
 
 void gemm_f32(int64_t m, int64_t n, int64_t k, double alpha, const Matrix& a, const Matrix& b, double beta, float* c,
-              int64_t ldc, const Triangle& triangle, const Terms& terms, void* scratch) {
-  gemm(m, n, k, static_cast<float>(alpha), a, b, static_cast<float>(beta), c, ldc, triangle, terms, scratch);
+              int64_t ldc, const Triangle& triangle, bool split, void* scratch) {
+  gemm(m, n, k, static_cast<float>(alpha), a, b, static_cast<float>(beta), c, ldc, triangle, split, scratch);
 }
 void gemm_f64(int64_t m, int64_t n, int64_t k, double alpha, const Matrix& a, const Matrix& b, double beta, double* c,
-              int64_t ldc, const Triangle& triangle, const Terms& terms, void* scratch) {
-  gemm(m, n, k, alpha, a, b, beta, c, ldc, triangle, terms, scratch);
+              int64_t ldc, const Triangle& triangle, bool split, void* scratch) {
+  gemm(m, n, k, alpha, a, b, beta, c, ldc, triangle, split, scratch);
 }
 int64_t gemm_scratch_f32(int64_t m, int64_t n, int64_t k) {
 #ifdef KRONFAC_SPLIT

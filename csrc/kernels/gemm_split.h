@@ -30,18 +30,16 @@ struct GemmChunks {
 inline constexpr int64_t kChunkBytes = kChunkArea * static_cast<int64_t>(sizeof(float));
 
 struct GemmSplitLayout {
-  int64_t left, right, staging;  // bytes
+  int64_t left, right;  // bytes
   GemmSplitLayout(int64_t m, int64_t n, int64_t k) {
     const GemmChunks chunks(m, n);
-    const int64_t terms = smaller(k, kSplitTerms<kFloatParts>), bytes = strip_bytes(terms, kFloatParts);
+    const int64_t bytes = strip_bytes(smaller(k, kSplitTerms<kFloatParts>), kFloatParts);
     left = strip_count(chunks.rows) * bytes;
     right = strip_count(chunks.columns) * bytes;
-    staging = terms * kStripLines * static_cast<int64_t>(sizeof(float));
   }
-  int64_t bytes() const { return kChunkBytes + left + right + staging; }
 
-  // For any product of at most these sizes: one of fewer rows may have chunks of more columns. Of two sides whose
-  // product is bounded the sum is largest where one of them is.
+  // Of all scratch, for any product of at most these sizes: one of fewer rows may have chunks of more columns. Of two
+  // sides whose product is bounded the sum is largest where one of them is.
   static int64_t most_bytes(int64_t m, int64_t n, int64_t k) {
     const int64_t terms = smaller(k, kSplitTerms<kFloatParts>);
     const int64_t rows = smaller(round_up(m, kBlock), kChunkSide), columns = smaller(round_up(n, kBlock), 2048);
