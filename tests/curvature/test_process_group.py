@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 import torch
-from torch import Tensor, distributed, multiprocessing, nn
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from kronfac.curvature import Recorder, find_layers
+from tests.processes import run_ranks
 
 
 class Routed(nn.Module):
@@ -45,9 +45,7 @@ def model() -> Routed:
     return Routed().double()
 
 
-def _work(rank: int, store: str, results: str) -> None:
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+def _work(rank: int, folder: Path) -> None:
     x, y = data()
     x, y = (x[:5], y[:5]) if rank == 0 else (x[5:], y[5:])
     saved = {}
@@ -78,14 +76,12 @@ def _work(rank: int, store: str, results: str) -> None:
             if fisher == "exact":
                 assert pending.terms == 5
             recorder.remove()
-    torch.save(saved, f"{results}/{rank}.pt")
-    distributed.destroy_process_group()
+    torch.save(saved, folder / f"{rank}.pt")
 
 
-def test_two_processes() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(_work, args=(f"{folder}/store", folder), nprocs=2)
-        ranks = [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(2)]
+def test_two_processes(tmp_path: Path) -> None:
+    run_ranks(_work, tmp_path)
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
     x, y = data()
     for fisher in ("exact", "empirical"):
         net = model()

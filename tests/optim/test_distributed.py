@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, distributed, nn
-from torch.multiprocessing.spawn import start_processes
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from kronfac.optim import KFAC
 from tests.optim.models import mlp
+from tests.processes import run_ranks
 
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="torch was built without torch.distributed")
 
@@ -47,10 +47,7 @@ def model_and_optimizer(**options: Any) -> tuple[nn.Module, KFAC]:
     return model, KFAC(model, 0.1, fisher="exact", damping=0.01, inverse_every=2, **options)
 
 
-def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = distributed.FileStore(f"{folder}/store", 2)
-    distributed.init_process_group("gloo", rank=rank, world_size=2, store=store)
+def worker(rank: int, folder: Path) -> None:
     results: dict[str, Any] = {}
 
     model, optimizer = model_and_optimizer()
@@ -90,13 +87,12 @@ def worker(rank: int, folder: str) -> None:
     results["covered"] = set(other.factors())
     results["seed"] = other.state_dict()["kronfac"]["generator"]["seed"]
 
-    torch.save(results, f"{folder}/rank{rank}.pt")
-    distributed.destroy_process_group()
+    torch.save(results, folder / f"rank{rank}.pt")
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_two_ranks_are_one_large_batch_and_never_diverge(tmp_path: Path) -> None:
-    start_processes(worker, args=(str(tmp_path),), nprocs=2, start_method="spawn")
+    run_ranks(worker, tmp_path)
     one, two = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=False) for rank in range(2))
 
     model, optimizer = model_and_optimizer()
