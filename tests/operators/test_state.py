@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
 
 import kronfac
 from kronfac.operators import ggn, hessian
-from kronfac.spectrum import density, eigsh, trace
+from kronfac.spectrum import block_traces, density, diagonal, eigsh, trace
 from tests.operators.cases import Case, dense_hessian, make_case, relative_error
 from tests.operators.state import snapshot, unchanged
 
@@ -42,6 +42,11 @@ USES: dict[str, Callable[[Any], Any]] = {
     "release": lambda op: op.release(),
     "eigsh": lambda op: eigsh(op, 2),
     "trace": lambda op: trace(op, probes=4),
+    "xtrace": lambda op: trace(op, "xtrace", probes=4),
+    "hutch++": lambda op: trace(op, "hutch++", probes=6),
+    "diagonal": lambda op: diagonal(op, "xdiag", probes=4),
+    "block_traces": lambda op: block_traces(op, probes=2),
+    "block_traces restricted": lambda op: block_traces(op, probes=2, restricted=True),
     "density": lambda op: density(op, probes=2, steps=5),
 }
 

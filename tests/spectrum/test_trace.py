@@ -68,12 +68,88 @@ def test_same_seed_same_result() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+DECAYING = 1 / np.arange(1, 201) ** 2
+SPECTRA = {
+    "decaying": DECAYING,
+    "geometric": 0.8 ** np.arange(200),
+    "indefinite": np.concatenate([10 * 0.7 ** np.arange(100), -5 * 0.75 ** np.arange(100)]),
+    "flat": np.linspace(1, 3, 200),
+}
+
+
+@pytest.mark.parametrize("method", ["hutchinson", "hutch++", "xtrace"])
+@pytest.mark.parametrize("name", SPECTRA)
+def test_every_method_is_unbiased_and_its_standard_error_honest(method: str, name: str) -> None:
+    matrix = with_spectrum(SPECTRA[name])
+    truth = float(matrix.trace())
+    # as many samples for each: 90 products make 30 with Hutch++, 60 make 30 with XTrace
+    probes = {"hutchinson": 40, "hutch++": 90, "xtrace": 60}[method]
+    results = [trace(matrix, method, probes=probes, seed=seed) for seed in range(200)]
+    errors = np.array([result.value for result in results]) - truth
+    covered = np.abs(errors) <= np.array([result.stderr for result in results])
+    assert 0.58 <= covered.mean() <= 0.78  # 68 %: two of its own standard deviations, 3.3 points, and Student's t
+    assert abs(errors.mean()) < 4 * errors.std() / np.sqrt(200)
+    assert {result.products for result in results} == {probes}
+    assert results[0].value == pytest.approx(float(results[0].samples.mean()))
+
+
+def test_a_sketch_saves_products_where_eigenvalues_decay() -> None:
+    matrix = with_spectrum(DECAYING)
+
+    def error(method: str, probes: int) -> float:
+        values = np.array([trace(matrix, method, probes=probes, seed=seed).value for seed in range(50)])
+        return float(np.sqrt(np.square(values - matrix.trace().item()).mean()))
+
+    assert error("xtrace", 60) < error("hutch++", 60) < error("hutchinson", 180)
+
+
+@pytest.mark.parametrize("method", ["hutch++", "xtrace"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_low_rank_is_exact(method: str, dtype: torch.dtype) -> None:
+    for rank in (0, 1, 5):
+        matrix = with_spectrum(np.r_[np.arange(1, rank + 1), np.zeros(80 - rank)], dtype=dtype)
+        result = trace(matrix, method, probes=40)
+        size = max(1.0, rank * (rank + 1) / 2)
+        assert abs(result.value - rank * (rank + 1) / 2) < 100 * torch.finfo(dtype).eps * size
+        assert result.stderr < 100 * torch.finfo(dtype).eps * size
+
+
+@pytest.mark.parametrize("method", ["hutch++", "xtrace"])
+def test_exact_where_that_costs_no_more(method: str) -> None:
+    operator = Counted(MATRIX)
+    result = trace(operator, method, probes=200)
+    assert (result.stderr, result.products, operator.products) == (0.0, 60, 60)
+    assert result.value == pytest.approx(TRUTH, rel=1e-12)
+
+
+def test_relative_target() -> None:
+    for method in ("hutchinson", "xtrace"):
+        operator = Counted(with_spectrum(DECAYING))
+        result = trace(operator, method, target_relative=0.02)
+        assert result.stderr <= 0.02 * result.value
+        assert result.products == operator.products
+        assert abs(result.value - float(operator.matrix.trace())) < 4 * result.stderr
+    capped = trace(with_spectrum(SPECTRA["flat"]), "xtrace", target_relative=1e-6, max_products=41)
+    assert capped.products == 40
+    whole = trace(with_spectrum(SPECTRA["flat"]), "xtrace", target_relative=1e-6)
+    assert whole.stderr == 0.0
+    assert whole.value == pytest.approx(400.0, rel=1e-12)
+
+
 def test_refusals() -> None:
     cases: list[tuple[dict[str, Any], type[Exception], str]] = [
-        ({"method": "xtrace"}, ValueError, "method: expected one of 'hutchinson', got 'xtrace'"),
+        ({"method": "xdiag"}, ValueError, r"method: expected one of 'hutchinson', 'hutch\+\+', 'xtrace', got 'xdiag'"),
+        (
+            {"method": "hutch++", "target_relative": 0.1},
+            ValueError,
+            "target_stderr, target_relative: expected None with method='hutch",
+        ),
+        ({"method": "hutch++", "probes": 5}, ValueError, "probes: expected at least 6, got 5"),
+        ({"method": "xtrace", "probes": 3}, ValueError, "probes: expected at least 4, got 3"),
+        ({"target_relative": -1.0}, ValueError, "target_relative: expected a finite number greater than 0"),
         ({"distribution": "uniform"}, ValueError, "distribution: expected one of"),
         ({"probes": 1}, ValueError, "probes: expected at least 2, got 1"),
-        ({"probes": 10, "target_stderr": 1.0}, ValueError, "probes, target_stderr: give one of them"),
+        ({"probes": 10, "target_stderr": 1.0}, ValueError, "probes, target_stderr, target_relative: give one of them"),
         ({"target_stderr": 0.0}, ValueError, "target_stderr: expected a finite number greater than 0"),
         ({"target_stderr": 1.0, "max_products": 3}, ValueError, "max_products: expected at least 16"),
     ]

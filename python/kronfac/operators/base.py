@@ -262,17 +262,68 @@ class CurvatureOperator:
         product = self._engine.multiply(self._indices, self._layout, rows.contiguous())
         return product[0] if vectors.ndim == 1 else product.mT
 
-    def blocks(self) -> dict[str, CurvatureOperator]:
-        """The diagonal blocks, one per module that owns chosen parameters.
+    def blocks(self, groups: Mapping[str, Iterable[str]] | None = None) -> dict[str, CurvatureOperator]:
+        """Diagonal blocks of the matrix.
+
+        Args:
+            groups: names of parameters, or of modules for all chosen parameters below them, by the name of the block;
+                None for one block per module that owns chosen parameters.
 
         Returns:
-            Operators by module name as in `model.named_modules()` (the empty name is the model itself), each on that
-            module's own chosen parameters. They share data and graphs with this operator.
+            Operators by block name, for None the module names of `model.named_modules()` (the empty name is the model
+            itself). They share data and graphs with this operator.
+
+        Raises:
+            TypeError: a group is a string instead of a list of them.
+            ValueError: a name of no chosen parameter, one that is twice in a group, or an empty group.
         """
         owned: dict[str, list[int]] = {}
-        for index, name in zip(self._indices, self.names, strict=True):
-            owned.setdefault(name.rpartition(".")[0], []).append(index)
-        return {module: CurvatureOperator(self._engine, tuple(indices)) for module, indices in owned.items()}
+        if groups is None:
+            for index, name in zip(self._indices, self.names, strict=True):
+                owned.setdefault(name.rpartition(".")[0], []).append(index)
+        else:
+            owned = {group: self._indices_of(group, wanted) for group, wanted in groups.items()}
+        return {block: CurvatureOperator(self._engine, tuple(indices)) for block, indices in owned.items()}
+
+    def entries_of(self, block: CurvatureOperator) -> Tensor:
+        """Where the entries of a block lie in this operator's vectors.
+
+        Args:
+            block: one of `blocks`.
+
+        Returns:
+            Indices (size of the block,), int64.
+
+        Raises:
+            ValueError: the block has parameters that this operator has not.
+        """
+        foreign = [name for name in block.names if name not in self.names]
+        if foreign or block._engine is not self._engine:
+            raise ValueError(
+                f"{self._engine.caller}: entries_of: block: expected one of this operator's blocks(), got one of "
+                f"{', '.join(block.names)}"
+            )
+        starts = [self.names.index(name) for name in block.names]
+        offsets = self._layout.offsets
+        return torch.cat([torch.arange(offsets[start], offsets[start + 1]) for start in starts])
+
+    def _indices_of(self, group: str, wanted: Iterable[str]) -> list[int]:
+        where = f"{self._engine.caller}: blocks: groups[{group!r}]"
+        if isinstance(wanted, str):
+            raise TypeError(f"{where}: expected a list of names, got {wanted!r}; wrap it in a list")
+        found: list[int] = []
+        for entry in wanted:
+            some = [
+                index
+                for index, name in zip(self._indices, self.names, strict=True)
+                if name == entry or name.startswith(f"{entry}.")
+            ]
+            if not some:
+                raise ValueError(f"{where}: {entry!r} names none of the operator's parameters; see op.names")
+            found += some
+        if not found or len(set(found)) < len(found):
+            raise ValueError(f"{where}: expected distinct parameters, at least one, got {list(wanted)}")
+        return found
 
     def to_dense(self) -> Tensor:
         """Write the matrix out, (n, n): for small n, at the cost of n products. Symmetric up to round-off."""

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from kronfac.spectrum.block_traces import block_traces as block_traces
 from kronfac.spectrum.density import density as density
+from kronfac.spectrum.diagonal import diagonal as diagonal
 from kronfac.spectrum.eigsh import eigsh as eigsh
+from kronfac.spectrum.results import BlockTraceResult as BlockTraceResult
 from kronfac.spectrum.results import DensityResult as DensityResult
+from kronfac.spectrum.results import DiagonalResult as DiagonalResult
 from kronfac.spectrum.results import EigenResult as EigenResult
 from kronfac.spectrum.results import TraceResult as TraceResult
 from kronfac.spectrum.trace import trace as trace

@@ -5,11 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import torch
+
+from kronfac.linalg.symmetric import CheckedOperator
+
 Progress = Callable[[int, int | None], None]
 """Called as progress(products done, products in all or None where that is not known beforehand)."""
 
 # A density or trace run holds bases of several probes at once only while they stay below this many bytes.
 BASIS_BYTES = 2**30
+
+# What a sketch of the range may take: beyond it the machine would swap, or the process be ended, without a word.
+SKETCH_BYTES = 2**33
 
 
 def check_count(value: object, name: str, caller: str, *, least: int, most: int | None = None) -> int:
@@ -50,3 +57,17 @@ def check_choice(value: object, name: str, caller: str, choices: tuple[str, ...]
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{caller}: {name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
     return value
+
+
+def check_sketch(operator: CheckedOperator, columns: int, caller: str) -> None:
+    """Refuse a sketch that would not fit into memory.
+
+    Raises:
+        ValueError: its three bases are larger than `SKETCH_BYTES`.
+    """
+    needed = 3 * columns * operator.size * torch.finfo(operator.dtype).bits // 8
+    if needed > SKETCH_BYTES:
+        raise ValueError(
+            f"{caller}: probes: a sketch of {columns} vectors of {operator.size} entries takes {needed / 2**30:.1f} "
+            f"GiB, expected at most {SKETCH_BYTES / 2**30:.0f}; use fewer, or method='hutchinson'"
+        )

@@ -78,16 +78,19 @@ class TraceResult:
         value: the estimate.
         stderr: its standard error; the truth lies within two of them in about 95 % of all cases.
         products: products with single vectors that were spent.
-        samples: the single estimates vᵀAv (products,), float64; `value` is their mean.
+        samples: the single estimates, float64; `value` is their mean. vᵀAv per probe for "hutchinson"; those of
+            "hutch++" share the trace of the sketch, and each of "xtrace" leaves one probe out of it.
+        method: how it was estimated.
     """
 
     value: float
     stderr: float
     products: int
     samples: Tensor
+    method: str = "hutchinson"
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Draw the running mean against the number of probes with a band of two standard errors.
+        """Draw the running mean over the samples with a band of two standard errors.
 
         Args:
             ax: axes to draw on; a new figure by default.
@@ -108,11 +111,81 @@ class TraceResult:
         low, high = mean - band, mean + band
         axes.fill_between(count, low, high, color="C0", alpha=0.2, linewidth=0.0, label="±2 standard errors")
         axes.plot(count, mean, color="C0", label="running mean")
-        axes.set_xlabel("probes")
+        axes.set_xlabel("probes" if self.method == "hutchinson" else f"samples of {self.method}")
         axes.set_ylabel("trace")
         axes.set_xlim(1, max(2, len(samples)))
         axes.legend()
         return axes  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, eq=False)
+class DiagonalResult:
+    """A stochastic estimate of a diagonal.
+
+    Attributes:
+        values: the estimate (n,), float64.
+        stderr: the standard error of each entry (n,), float64; 0 where it was computed exactly.
+        products: products with single vectors that were spent.
+        method: how it was estimated.
+    """
+
+    values: Tensor
+    stderr: Tensor
+    products: int
+    method: str
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the entries in descending order with a band of two standard errors.
+
+        Args:
+            ax: axes to draw on; a new figure by default.
+
+        Returns:
+            The axes.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        axes: Any = axes_or_new(ax, "DiagonalResult.plot")
+        values, order = self.values.sort(descending=True)
+        value, band = values.numpy(), 2.0 * self.stderr[order].numpy()
+        rank = np.arange(1, len(value) + 1)
+        axes.fill_between(rank, value - band, value + band, color="C0", alpha=0.2, label="±2 standard errors")
+        axes.plot(rank, value, color="C0", linewidth=1.0)
+        axes.axhline(0.0, color="0.5", linewidth=0.8, zorder=1)
+        axes.set_xlabel("rank")
+        axes.set_ylabel("diagonal entry")
+        axes.legend()
+        return axes  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class BlockTraceResult:
+    """What one block of a curvature matrix adds up to.
+
+    Attributes:
+        size: parameters of the block, n_l.
+        trace: estimate of tr H_ll.
+        trace_stderr: its standard error.
+        squared_frobenius: estimate of the squared Frobenius norm of the block's rows of the whole matrix; of the block
+            itself where it was probed alone.
+        squared_frobenius_stderr: its standard error.
+        restricted: whether the block was probed alone.
+        products: products with single vectors; shared by all blocks where these were not probed alone.
+    """
+
+    size: int
+    trace: float
+    trace_stderr: float
+    squared_frobenius: float
+    squared_frobenius_stderr: float
+    restricted: bool
+    products: int
+
+    @property
+    def mean_eigenvalue(self) -> float:
+        """The trace over the number of parameters: what layers of different sizes are compared by."""
+        return self.trace / self.size
 
 
 @dataclass(frozen=True, eq=False)

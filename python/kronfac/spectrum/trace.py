@@ -1,16 +1,26 @@
-"""Trace of a symmetric operator by random probes."""
+"""Trace of a symmetric operator."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from kronfac.linalg.probes import DISTRIBUTIONS, draw_probes, make_generator, standard_error
-from kronfac.linalg.symmetric import SymmetricOperator, check_operator
-from kronfac.spectrum._options import BASIS_BYTES, Progress, check_choice, check_count, check_positive
+from kronfac.linalg.symmetric import CheckedOperator, SymmetricOperator, check_operator
+from kronfac.linalg.trace import Estimate, Sketch, exact_diagonal, hutch_pp, spherical, xtrace
+from kronfac.spectrum._options import (
+    BASIS_BYTES,
+    Progress,
+    check_choice,
+    check_count,
+    check_positive,
+    check_sketch,
+)
 from kronfac.spectrum.results import TraceResult
 
-METHODS = ("hutchinson",)
+METHODS = ("hutchinson", "hutch++", "xtrace")
 
 # Probes per call of op @ V: one pass over the data serves all of them.
 _COLUMNS = 8
@@ -24,6 +34,7 @@ def trace(
     *,
     probes: int | None = None,
     target_stderr: float | None = None,
+    target_relative: float | None = None,
     max_products: int = 10_000,
     distribution: str = "rademacher",
     seed: int = 0,
@@ -31,16 +42,22 @@ def trace(
 ) -> TraceResult:
     """Estimate the trace of a symmetric operator, with a standard error.
 
-    Hutchinson's estimator: the mean of vᵀAv over random v with E[vvᵀ] = I. Its variance per probe is
-    2(‖A‖_F² - Σ a_ii²) for Rademacher probes and 2‖A‖_F² for Gaussian ones.
+    "hutchinson" is the mean of vᵀAv over random v with E[vvᵀ] = I; its variance per probe is 2(‖A‖_F² - Σ a_ii²) for
+    Rademacher probes and 2‖A‖_F² for Gaussian ones. "hutch++" (Meyer et al., arXiv:2010.09649) and "xtrace" (Epperly,
+    Tropp & Webber, arXiv:2301.07825) first take out what a sketch of the range finds: where the eigenvalues decay they
+    need far fewer products; where these are flat, about twice as many.
 
     Args:
         op: a symmetric operator with `shape` and `@` (`kronfac.operators`, a torch matrix).
-        method: "hutchinson".
-        probes: number of probes, at least 2 (default 100); not together with `target_stderr`.
-        target_stderr: add probes until the standard error is at most this (in units of the trace), at least 16.
-        max_products: the most probes to spend on `target_stderr`; compare `stderr` of the result with the target.
-        distribution: "rademacher" or "gaussian".
+        method: "hutchinson", "hutch++" or "xtrace".
+        probes: products with single vectors to spend, at least 2 ("hutch++": 6, "xtrace": 4; default 100); not together
+            with a target. "xtrace" spends an even number. "hutch++" and "xtrace" compute the trace exactly, by n
+            products, where that costs no more.
+        target_stderr: spend products until the standard error is at most this (in units of the trace), at least 16.
+        target_relative: the same as a share of the estimate's magnitude; 0.02 for 2 %.
+        max_products: the most to spend on a target; compare `stderr` of the result with the target.
+        distribution: "rademacher" or "gaussian", of the probes; the sketch of "hutch++" is Gaussian, "xtrace" has
+            probes of its own on the sphere.
         seed: of the probes; equal seeds give equal results.
         progress: called as progress(products, probes or None).
 
@@ -49,20 +66,76 @@ def trace(
 
     Raises:
         TypeError: `op` is no operator, or an option has the wrong type.
-        ValueError: unknown method or distribution, an option out of range, or a product that is not finite.
+        ValueError: unknown method or distribution, an option out of range, a target for "hutch++", whose shares are
+            fixed beforehand, memory for the sketch beyond reason, or a product that is not finite.
     """
-    caller = "kronfac.spectrum.trace"
-    operator = check_operator(op, caller)
-    check_choice(method, "method", caller, METHODS)
-    distribution = check_choice(distribution, "distribution", caller, DISTRIBUTIONS)
-    if probes is not None and target_stderr is not None:
-        raise ValueError(f"{caller}: probes, target_stderr: give one of them; the other follows from it")
-    if target_stderr is not None:
-        target_stderr = check_positive(target_stderr, "target_stderr", caller)
-        limit = check_count(max_products, "max_products", caller, least=_LEAST_BEFORE_STOPPING)
+    operator = check_operator(op, _CALLER)
+    check_choice(method, "method", _CALLER, METHODS)
+    distribution = check_choice(distribution, "distribution", _CALLER, DISTRIBUTIONS)
+    generator = make_generator(seed, _CALLER)
+    target = _Target.check(probes, target_stderr, target_relative)
+    if target is None:
+        limit = check_count(100 if probes is None else probes, "probes", _CALLER, least=_LEAST[method])
     else:
-        limit = check_count(100 if probes is None else probes, "probes", caller, least=2)
-    generator = make_generator(seed, caller)
+        limit = check_count(max_products, "max_products", _CALLER, least=_LEAST_BEFORE_STOPPING)
+    if method == "hutchinson":
+        found = _hutchinson(operator, limit, target, distribution, generator, progress)
+    elif method == "hutch++":
+        if target is not None:
+            raise ValueError(
+                f"{_CALLER}: target_stderr, target_relative: expected None with method='hutch++', whose share for the "
+                "sketch is fixed beforehand; use method='xtrace'"
+            )
+        found = _exact(operator) if operator.size <= limit else _hutch_pp(operator, limit, distribution, generator)
+    else:
+        found = _xtrace(operator, limit, target, generator, progress)
+    if progress is not None and method != "hutchinson":
+        progress(found.products, limit if target is None else None)
+    return TraceResult(
+        value=found.value,
+        stderr=found.stderr,
+        products=found.products,
+        samples=torch.tensor(found.samples, dtype=torch.float64),
+        method=method,
+    )
+
+
+_CALLER = "kronfac.spectrum.trace"
+_LEAST = {"hutchinson": 2, "hutch++": 6, "xtrace": 4}
+
+
+@dataclass(frozen=True)
+class _Target:
+    absolute: float
+    relative: float
+
+    @classmethod
+    def check(cls, probes: int | None, absolute: float | None, relative: float | None) -> _Target | None:
+        if sum(value is not None for value in (probes, absolute, relative)) > 1:
+            raise ValueError(
+                f"{_CALLER}: probes, target_stderr, target_relative: give one of them; the others follow from it"
+            )
+        if absolute is not None:
+            return cls(check_positive(absolute, "target_stderr", _CALLER), 0.0)
+        return None if relative is None else cls(0.0, check_positive(relative, "target_relative", _CALLER))
+
+    def met(self, value: float, stderr: float) -> bool:
+        return stderr <= max(self.absolute, self.relative * abs(value))
+
+
+def _exact(operator: CheckedOperator) -> Estimate:
+    value = float(exact_diagonal(operator).sum())
+    return Estimate(value, 0.0, [value], operator.size)
+
+
+def _hutchinson(
+    operator: CheckedOperator,
+    limit: int,
+    target: _Target | None,
+    distribution: str,
+    generator: torch.Generator,
+    progress: Progress | None,
+) -> Estimate:
     bytes_each = operator.size * torch.finfo(operator.dtype).bits // 8
     columns = max(1, min(_COLUMNS, BASIS_BYTES // bytes_each))
     samples: list[float] = []
@@ -71,13 +144,38 @@ def trace(
         drawn = draw_probes(operator.size, count, distribution, generator, dtype=operator.dtype, device=operator.device)
         samples += (drawn * operator.matmat(drawn)).sum(dim=0, dtype=torch.float64).tolist()
         if progress is not None:
-            progress(len(samples), limit if target_stderr is None else None)
-        enough = target_stderr is not None and len(samples) >= _LEAST_BEFORE_STOPPING
-        if enough and standard_error(samples) <= (target_stderr or 0.0):
+            progress(len(samples), limit if target is None else None)
+        enough = target is not None and len(samples) >= _LEAST_BEFORE_STOPPING
+        if enough and target is not None and target.met(float(np.mean(samples)), standard_error(samples)):
             break
-    return TraceResult(
-        value=float(np.mean(samples)),
-        stderr=standard_error(samples),
-        products=len(samples),
-        samples=torch.tensor(samples, dtype=torch.float64),
-    )
+    return Estimate(float(np.mean(samples)), standard_error(samples), samples, len(samples))
+
+
+def _hutch_pp(operator: CheckedOperator, limit: int, distribution: str, generator: torch.Generator) -> Estimate:
+    check_sketch(operator, limit // 3, _CALLER)
+    return hutch_pp(operator, limit, generator, distribution)
+
+
+def _xtrace(
+    operator: CheckedOperator,
+    limit: int,
+    target: _Target | None,
+    generator: torch.Generator,
+    progress: Progress | None,
+) -> Estimate:
+    sketch = Sketch(operator)
+    size = limit // 2 if target is None else _LEAST_BEFORE_STOPPING // 2
+    while True:
+        more = size - sketch.Q.shape[1]
+        if operator.size <= 2 * more or size > operator.size - 2:
+            exact = _exact(operator)
+            return Estimate(exact.value, 0.0, exact.samples, sketch.products + exact.products)
+        check_sketch(operator, size, _CALLER)
+        sketch.extend(spherical(operator, more, generator))
+        found = xtrace(sketch)
+        if progress is not None and target is not None:
+            progress(found.products, None)
+        if target is None or target.met(found.value, found.stderr) or found.products + 2 > limit:
+            return found
+        # By half at a time: at the end at most half of the products were too many.
+        size = min(size + max(2, size // 2), limit // 2)

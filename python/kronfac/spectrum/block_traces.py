@@ -1,0 +1,88 @@
+"""Trace and Frobenius norm of every diagonal block from one series of products."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from kronfac.linalg.probes import draw_probes, make_generator, standard_error
+from kronfac.operators import CurvatureOperator
+from kronfac.spectrum._options import Progress, check_count
+from kronfac.spectrum.results import BlockTraceResult
+
+_CALLER = "kronfac.spectrum.block_traces"
+_COLUMNS = 8  # probes per call of op @ V: one pass over the data serves all of them
+
+
+def block_traces(
+    op: CurvatureOperator,
+    groups: Mapping[str, Iterable[str]] | None = None,
+    *,
+    probes: int = 100,
+    restricted: bool = False,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, BlockTraceResult]:
+    """Estimate the trace of each layer's block of a curvature matrix, and how large its entries are.
+
+    One product Hv with a Rademacher vector over all parameters serves all blocks: v_lᵀ(Hv)_l estimates tr H_ll, and
+    ‖(Hv)_l‖² the squared Frobenius norm of the layer's rows, Σ_k ‖H_lk‖_F². The other layers add to the variance of
+    the trace, 2(Σ_k ‖H_lk‖_F² - Σ_i h_ii²). With `restricted` each block has probes and products of its own: the
+    variance is that of the block alone and ‖H_ll‖_F² is what is estimated, for as many sweeps as there are blocks.
+
+    Args:
+        op: an operator of `kronfac.operators`.
+        groups: names of parameters or modules by group name; None for one group per module.
+        probes: vectors, at least 2; with `restricted` for each block.
+        restricted: probe each block alone.
+        seed: of the probes; equal seeds give equal results.
+        progress: called as progress(products, products in all).
+
+    Returns:
+        By module or group name.
+
+    Raises:
+        TypeError: `op` is no operator of `kronfac.operators`, or an option has the wrong type.
+        ValueError: an option out of range, an unknown name in `groups`, or a product that is not finite.
+    """
+    if not isinstance(op, CurvatureOperator):
+        raise TypeError(f"{_CALLER}: op: expected an operator of kronfac.operators, got {type(op).__name__}")
+    probes = check_count(probes, "probes", _CALLER, least=2)
+    generator = make_generator(seed, _CALLER)
+    blocks = op.blocks(groups)
+    if restricted:
+        places = {name: torch.arange(block.shape[0]) for name, block in blocks.items()}
+        sweeps = [(block, {name: places[name]}) for name, block in blocks.items()]
+    else:
+        sweeps = [(op, {name: op.entries_of(block) for name, block in blocks.items()})]
+    traces: dict[str, list[float]] = {name: [] for name in blocks}
+    squares: dict[str, list[float]] = {name: [] for name in blocks}
+    done, total = 0, probes * len(sweeps)
+    for operator, entries in sweeps:
+        for first in range(0, probes, _COLUMNS):
+            count = min(_COLUMNS, probes - first)
+            drawn = draw_probes(
+                operator.shape[0], count, "rademacher", generator, dtype=operator.dtype, device=operator.device
+            )
+            product = operator @ drawn
+            for name, index in entries.items():
+                own = product[index.to(product.device)]
+                mine = drawn[index.to(product.device)]
+                traces[name] += (mine * own).sum(0, dtype=torch.float64).tolist()
+                squares[name] += own.square().sum(0, dtype=torch.float64).tolist()
+            done += count
+            if progress is not None:
+                progress(done, total)
+    return {
+        name: BlockTraceResult(
+            size=blocks[name].shape[0],
+            trace=sum(traces[name]) / probes,
+            trace_stderr=standard_error(traces[name]),
+            squared_frobenius=sum(squares[name]) / probes,
+            squared_frobenius_stderr=standard_error(squares[name]),
+            restricted=restricted,
+            products=probes,
+        )
+        for name in blocks
+    }
