@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from kronfac.operators.base import CurvatureOperator as CurvatureOperator
+from kronfac.operators.fisher import fisher as fisher
 from kronfac.operators.ggn import ggn as ggn
 from kronfac.operators.hessian import hessian as hessian

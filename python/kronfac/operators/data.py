@@ -28,11 +28,13 @@ class Batch:
         inputs: a tensor, a tuple or list (passed as positional arguments) or a dict (keyword arguments).
         targets: whatever the loss takes as its second argument.
         size: number of examples.
+        number: of the batch in a pass.
     """
 
     inputs: Any
     targets: Any
     size: float
+    number: int
 
 
 class DataSource:
@@ -84,7 +86,7 @@ class DataSource:
             count += 1
             size = self._size(inputs, targets)
             if size > 0:
-                yield index, Batch(inputs, targets, size)
+                yield index, Batch(inputs, targets, size, index)
         if count != len(expected):
             self._refuse_changed(count)
 

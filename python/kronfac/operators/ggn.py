@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -62,20 +62,35 @@ def ggn(
     return CurvatureOperator(engine, tuple(range(len(engine.chosen))))
 
 
+Curve: TypeAlias = "Callable[[list[Tensor]], list[Tensor]]"
+"""Multiplies a vector in the space of the outputs, in parts, with the curvature there."""
+
+
 @dataclass(frozen=True, eq=False)
-class _GgnGraph:
+class _PushforwardGraph:
     leaves: list[Tensor]
     outputs: list[Tensor]
     cotangents: list[Tensor]  # u, at which the value does not matter: Jᵀu is linear in it
     pullbacks: list[Tensor | None]  # Jᵀu per leaf
-    cuts: list[Tensor]
-    loss_gradients: list[Tensor | None]  # of the loss with respect to the cuts
+    curve: Curve
 
     def product(self, indices: Sequence[int], vectors: Sequence[Tensor]) -> list[Tensor | None]:
         pullbacks = [self.pullbacks[index] for index in indices]
         pushed = _filled(differentiate(pullbacks, self.cotangents, vectors), self.cotangents)
-        curved = _filled(differentiate(self.loss_gradients, self.cuts, pushed), self.cuts)
-        return differentiate(self.outputs, [self.leaves[index] for index in indices], curved)
+        return differentiate(self.outputs, [self.leaves[index] for index in indices], self.curve(pushed))
+
+
+def pushforward_graph(outputs: list[Tensor], leaves: list[Tensor], curve: Curve) -> BatchGraph:
+    """The matrix Jᵀ C J, J the derivative of the outputs with respect to the leaves.
+
+    Args:
+        outputs: with their graph to the leaves.
+        leaves: stand-ins of the chosen parameters.
+        curve: multiplies with C.
+    """
+    cotangents = [torch.zeros_like(output, requires_grad=True) for output in outputs]
+    pullbacks = differentiate(outputs, leaves, cotangents, create_graph=True)
+    return _PushforwardGraph(leaves, outputs, cotangents, pullbacks, curve)
 
 
 class _GgnEngine(Engine):
@@ -83,11 +98,14 @@ class _GgnEngine(Engine):
         evaluation = self._program.evaluate_split(batch, chosen)
         if len(chosen) == len(self.chosen):
             refuse_constant(evaluation.loss, self.caller)
-        cotangents = [torch.zeros_like(output, requires_grad=True) for output in evaluation.outputs]
-        pullbacks = differentiate(evaluation.outputs, evaluation.leaves, cotangents, create_graph=True)
+        cuts = evaluation.cuts
         one = torch.ones_like(evaluation.loss)
-        loss_gradients = differentiate([evaluation.loss], evaluation.cuts, [one], create_graph=True)
-        return _GgnGraph(evaluation.leaves, evaluation.outputs, cotangents, pullbacks, evaluation.cuts, loss_gradients)
+        loss_gradients = differentiate([evaluation.loss], cuts, [one], create_graph=True)
+        return pushforward_graph(
+            evaluation.outputs,
+            evaluation.leaves,
+            lambda pushed: _filled(differentiate(loss_gradients, cuts, pushed), cuts),
+        )
 
 
 def _filled(parts: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
