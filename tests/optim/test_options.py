@@ -26,6 +26,8 @@ NAN, INF = float("nan"), float("inf")
         *[("weight_decay", value, ValueError) for value in (-1e-4, NAN, INF)],
         *[("damping", value, ValueError) for value in (0.0, -1e-3, NAN, INF)],
         *[("kl_clip", value, ValueError) for value in (0.0, -1.0, NAN, INF)],
+        *[("norm_constraint", value, ValueError) for value in (0.0, -1.0, NAN, INF)],
+        ("norm_constraint", "1", TypeError),
         *[("factor_decay", value, ValueError) for value in (-0.1, 1.1, NAN)],
         *[("factor_every", value, ValueError) for value in (0, -1)],
         *[("inverse_every", value, ValueError) for value in (0, -1)],
@@ -182,7 +184,7 @@ def test_weight_and_bias_may_differ_in_decay_but_not_in_damping() -> None:
 
 
 @given(
-    name=st.sampled_from(["lr", "damping", "factor_every", "inverse_every"]),
+    name=st.sampled_from(["lr", "damping", "kl_clip", "norm_constraint", "factor_every", "inverse_every"]),
     values=st.lists(st.integers(1, 4), min_size=4),
 )
 def test_callables_are_evaluated_at_every_step_and_never_stored(name: str, values: list[int]) -> None:
@@ -209,6 +211,20 @@ def test_a_callable_that_leaves_the_range_stops_the_step_before_anything_changes
     assert all(torch.equal(a, b) for a, b in zip(before, snapshot(model), strict=True))
     with pytest.raises(ValueError, match=r"lr\(step=0\)"):
         KFAC(mlp(3, 2), lambda step: -1.0)
+
+
+def test_momentum_may_be_a_callable_and_a_clip_may_come_and_go() -> None:
+    model = mlp(3, 2)
+    clip = lambda step: None if step % 2 else 0.1  # noqa: E731
+    optimizer = KFAC(model, 0.1, momentum=lambda step: 0.1 * step, kl_clip=clip, norm_constraint=clip)
+    for step in range(3):
+        train_step(model, optimizer, *vectors(4, 3, 2))
+        group = optimizer.param_groups[0]
+        assert (group["momentum"], group["kl_clip"], group["norm_constraint"]) == (0.1 * step, clip(step), clip(step))
+        assert (optimizer.clip_scales == [None]) == (optimizer.norm_scales == [None]) == (step % 2 == 1)
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.4, total_steps=8)
+    with pytest.raises(ValueError, match="momentum: expected a callable or a scheduler that cycles momentum, got both"):
+        train_step(model, optimizer, *vectors(4, 3, 2))
 
 
 def test_a_value_that_a_scheduler_moves_out_of_range_is_noticed() -> None:

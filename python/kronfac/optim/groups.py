@@ -62,6 +62,11 @@ class GroupedOptimizer(Optimizer):
             where = f"KFAC: params[{index}]"
             if "lr" in schedules and "initial_lr" in group:
                 raise ValueError(f"{where}: lr: expected a callable or a scheduler, got both; pass lr as a number")
+            if "momentum" in schedules and ("max_momentum" in group or "base_momentum" in group):
+                raise ValueError(
+                    f"{where}: momentum: expected a callable or a scheduler that cycles momentum, got both; pass "
+                    "momentum as a number"
+                )
             resolved.append(_evaluated(where, {**group, **schedules}, step))
         for group, values in zip(self.param_groups, resolved, strict=True):
             group.update(values)

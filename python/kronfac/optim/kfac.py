@@ -50,15 +50,15 @@ class KFAC(GroupedOptimizer):
     Parameters that no layer adapter covers (recurrent layers, weights shared between modules, ...) train as SGD with
     the same lr, momentum and weight decay, after one warning that names them. A layer of which some parameters are in
     `params` and others are not is refused. Weight and bias of a layer may lie in different groups as long as damping,
-    kl_clip, factor_every and inverse_every agree; the layer then counts with the weight's decay in λ and the larger lr
-    in the KL clip.
+    kl_clip, norm_constraint, factor_every and inverse_every agree; the layer then counts with the weight's decay in λ
+    and the larger lr in the KL clip.
 
     Args:
         model: the module to train. Statistics are taken in its training-mode forwards under grad mode.
         lr: learning rate, >= 0. While the KL clip is active the step length does not depend on it.
         params: what to train, as in torch: tensors, (name, tensor) pairs, or dicts of groups; None for all parameters
             of the model. Groups may set lr, momentum, nesterov, weight_decay, decoupled, damping, kl_clip,
-            factor_every, inverse_every and sharing.
+            norm_constraint, factor_every, inverse_every and sharing.
         momentum: in [0, 1), acts on the preconditioned gradient.
         nesterov: Nesterov's form of momentum.
         weight_decay: η >= 0. L2: V + ηW is preconditioned and η joins λ.
@@ -81,6 +81,9 @@ class KFAC(GroupedOptimizer):
         inverse_every: steps between inverses, >= 1.
         kl_clip: κ > 0, directions are scaled by min(1, √(κ / Σ_l lr_l² ⟨P_l, V_l⟩)); None switches the clip off. Groups
             with different κ share the sum; parameters that train as SGD are neither in it nor scaled.
+        norm_constraint: c > 0, the clipped directions are scaled by min(1, c / √(Σ_l ‖P_l‖²)), Euclidean norms over all
+            layers together; the lr is not in it. Groups and SGD parameters as for kl_clip. None switches it off.
+            (kfac-jax's option of this name is `kl_clip` here.)
         max_staleness: 0.
         adaptive: False.
         grad_scaler: the `torch.amp.GradScaler` in use; only needed for fisher="empirical" when gradients are unscaled
@@ -88,12 +91,13 @@ class KFAC(GroupedOptimizer):
         seed: of the sampler's own generator; None takes `torch.initial_seed()`. Under a process group the rank is
             added.
 
-    lr, damping, factor_every and inverse_every may be callables of the step; they are evaluated at every step and are
-    not part of a checkpoint.
+    lr, momentum, damping, kl_clip, norm_constraint, factor_every and inverse_every may be callables of the step; they are
+    evaluated at every step and are not part of a checkpoint.
 
     Attributes:
         clip_scales: per param group, the factor ν that the KL clip applied in the last step (0-dimensional tensor on
             the device), None where nothing was clipped.
+        norm_scales: per param group, the factor that the norm constraint applied in the last step, likewise.
         skipped_steps: steps that were skipped for non-finite values, GradScaler's included.
         inverse_failures: layers whose inverse could not be renewed, so that the last good one was kept.
         inverse_retries: factors that needed more damping than asked for.
@@ -113,7 +117,7 @@ class KFAC(GroupedOptimizer):
         lr: Number,
         *,
         params: ParamsT | None = None,
-        momentum: float = 0.9,
+        momentum: Number = 0.9,
         nesterov: bool = False,
         weight_decay: float = 0.0,
         decoupled: bool = False,
@@ -130,7 +134,8 @@ class KFAC(GroupedOptimizer):
         factor_decay: float = 0.95,
         factor_every: Count = 1,
         inverse_every: Count = 10,
-        kl_clip: float | None = 1e-3,
+        kl_clip: Number | None = 1e-3,
+        norm_constraint: Number | None = None,
         max_staleness: int = 0,
         adaptive: bool = False,
         grad_scaler: torch.amp.GradScaler | None = None,
@@ -189,6 +194,7 @@ class KFAC(GroupedOptimizer):
             "decoupled": decoupled,
             "damping": damping,
             "kl_clip": kl_clip,
+            "norm_constraint": norm_constraint,
             "factor_every": factor_every,
             "inverse_every": inverse_every,
             "sharing": sharing,
@@ -197,6 +203,7 @@ class KFAC(GroupedOptimizer):
         self.register_state_dict_post_hook(_add_own_part)  # the first one: later hooks see the whole checkpoint
 
         self.clip_scales: list[Tensor | None] = [None] * len(self.param_groups)
+        self.norm_scales: list[Tensor | None] = [None] * len(self.param_groups)
         self._coverage = Coverage([])
         self._generator = torch.Generator(self._home())
         self._generator.manual_seed(((torch.initial_seed() if seed is None else seed) + _rank()) % 2**64)
@@ -220,6 +227,7 @@ class KFAC(GroupedOptimizer):
             self._remove_last_group()
             raise
         self.clip_scales.append(None)
+        self.norm_scales.append(None)
 
     def _cover(self) -> None:
         """Assign parameters to layers and put a recorder on the model that watches exactly these."""
@@ -318,7 +326,7 @@ class KFAC(GroupedOptimizer):
             self._counters["step"] += 1
             self._counters["inverse_retries"] += outcome.retries
             self._counters["inverse_failures"] += outcome.failures
-            self.clip_scales = outcome.clip_scales
+            self.clip_scales, self.norm_scales = outcome.clip_scales, outcome.norm_scales
         else:
             self._counters["skipped_steps"] += 1
         self._announce_due()

@@ -15,7 +15,7 @@ from kronfac.curvature.sharing import set_sharing
 from kronfac.optim.structures import Factorisation
 
 _NAMED_IN_WARNING = 30
-_ONE_VALUE_PER_LAYER = ("damping", "kl_clip", "factor_every", "inverse_every", "sharing")
+_ONE_VALUE_PER_LAYER = ("damping", "kl_clip", "norm_constraint", "factor_every", "inverse_every", "sharing")
 
 
 @dataclass

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from kronfac.curvature.sharing import SHARINGS
 
-Schedule: TypeAlias = "Callable[[int], float]"
+Schedule: TypeAlias = "Callable[[int], float | None]"
 """A callable of the step (0-based) that gives an option's value for that step."""
 
-SCHEDULABLE = ("lr", "damping", "factor_every", "inverse_every")
+SCHEDULABLE = ("lr", "momentum", "damping", "kl_clip", "norm_constraint", "factor_every", "inverse_every")
 """Options that may be a `Schedule`."""
 
 EXTRA_KEYS = (
@@ -95,7 +95,7 @@ def choice(where: str, value: object, available: Sequence[str], later: Sequence[
     return value
 
 
-def _kl_clip(where: str, value: object) -> float | None:
+def _bound(where: str, value: object) -> float | None:
     return None if value is None else number(where, value, open_low=True)
 
 
@@ -110,7 +110,8 @@ GROUP_OPTIONS: Mapping[str, Callable[[str, object], Any]] = {
     "weight_decay": number,
     "decoupled": flag,
     "damping": lambda where, value: number(where, value, open_low=True),
-    "kl_clip": _kl_clip,
+    "kl_clip": _bound,
+    "norm_constraint": _bound,
     "factor_every": count,
     "inverse_every": count,
     "sharing": _sharing,

@@ -22,7 +22,7 @@ from kronfac.optim.refresh import (
     sums_finite,
 )
 from kronfac.optim.structures import Factorisation, Structures
-from kronfac.optim.update import add_weight_decay, apply_update, kl_scales
+from kronfac.optim.update import add_weight_decay, apply_update, kl_scales, norm_scales
 
 Groups = Sequence[Mapping[str, Any]]
 
@@ -36,6 +36,7 @@ class Outcome:
         retries: factors that needed more damping than asked for.
         failures: layers that could not be inverted at all; they keep what they had.
         clip_scales: the KL clip's factor per param group, None where nothing was clipped.
+        norm_scales: the norm constraint's factor per param group, None where there is none.
         bare: names of layers with gradients but no statistics so far; they were updated as SGD.
     """
 
@@ -43,6 +44,7 @@ class Outcome:
     retries: int = 0
     failures: int = 0
     clip_scales: list[Tensor | None] = field(default_factory=list)
+    norm_scales: list[Tensor | None] = field(default_factory=list)
     bare: tuple[str, ...] = ()
 
 
@@ -123,9 +125,10 @@ def advance(
             layer.factors, layer.updates = averages[layer.name].factors, averages[layer.name].updates
         layer.factorisation = inverses.get(layer.name, layer.factorisation)
     scales = _clip_scales(ready, done, groups)
-    _move(ready, done.matrices, groups, state, scales)
+    bounds = _norm_scales(ready, done.matrices, groups, scales)
+    _move(ready, done.matrices, groups, state, _products(scales, bounds))
     bare = tuple(layer.name for layer in active if layer.factors is None)
-    return Outcome(True, retries, len(due) - len(inverses), scales, bare)
+    return Outcome(True, retries, len(due) - len(inverses), scales, bounds, bare)
 
 
 def unscale(groups: Groups, scale: Tensor) -> None:
@@ -207,6 +210,35 @@ def _clip_scales(layers: Sequence[Layer], done: Preconditioned, groups: Groups) 
         if scale is not None:
             result[group] = scale
     return result
+
+
+def _norm_scales(
+    layers: Sequence[Layer], matrices: Sequence[Tensor], groups: Groups, scales: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """The norm constraint's factor per param group, after the KL clip's; None where nothing is bounded."""
+    result: list[Tensor | None] = [None] * len(groups)
+    sets: dict[tuple[int, torch.device, torch.dtype], list[Tensor]] = {}
+    for layer, matrix in zip(layers, matrices, strict=True):
+        if groups[layer.groups[0]]["norm_constraint"] is not None:
+            sets.setdefault((layer.groups[0], matrix.device, matrix.dtype), []).append(matrix)
+    squares = []
+    for (group, device, dtype), members in sets.items():
+        wide = dtype if dtype == torch.float64 else torch.float32
+        square = torch.stack(list(torch._foreach_norm(members, 2, dtype=wide))).square().sum()
+        scale = scales[group]
+        squares.append(square if scale is None else square * scale.to(device, non_blocking=True) ** 2)
+    bounds = norm_scales(squares, [groups[group]["norm_constraint"] for group, _, _ in sets])
+    for (group, _, _), bound in zip(sets, bounds, strict=True):
+        result[group] = bound
+    return result
+
+
+def _products(one: Sequence[Tensor | None], other: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Factor by factor, None standing for 1."""
+    return [
+        b if a is None else a if b is None else a * b.to(a.device, a.dtype, non_blocking=True)
+        for a, b in zip(one, other, strict=True)
+    ]
 
 
 def _move(

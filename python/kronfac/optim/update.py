@@ -41,6 +41,32 @@ def kl_scales(dots: Sequence[Tensor], lrs: Sequence[float], clips: Sequence[floa
     return scales
 
 
+def norm_scales(squares: Sequence[Tensor], bounds: Sequence[float | None]) -> list[Tensor | None]:
+    """Factor by which the norm constraint scales each set of directions.
+
+    n_j = min(1, c_j / √(Σ_i squares_i)), the sum over all sets that are bounded: with one bound c the norm of all
+    directions together is at most c; sets with different bounds share the sum.
+
+    Args:
+        squares: squared Euclidean norm per set, 0-dimensional, on any devices.
+        bounds: c per set; None leaves the set alone and out of the sum.
+
+    Returns:
+        n per set, dtype and device of its square; None where the bound is None.
+    """
+    bounded = [index for index, bound in enumerate(bounds) if bound is not None]
+    scales: list[Tensor | None] = [None] * len(bounds)
+    if not bounded:
+        return scales
+    home = squares[bounded[0]].device
+    norm = torch.stack([squares[index].to(home, non_blocking=True) for index in bounded]).sum().sqrt()
+    for index in bounded:
+        bound = bounds[index]
+        assert bound is not None
+        scales[index] = (bound / norm).clamp(max=1).to(squares[index], non_blocking=True)
+    return scales
+
+
 def add_weight_decay(
     gradient: Tensor, weight: Tensor, decays: Sequence[float], sizes: Sequence[int], axis: int = -1
 ) -> Tensor:
