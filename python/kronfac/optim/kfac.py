@@ -16,6 +16,7 @@ from torch.optim.optimizer import ParamsT, StateDict
 from kronfac.curvature import KroneckerFactors, Likelihood, Recorder, ScaledSums, resolve_likelihood
 from kronfac.optim import options
 from kronfac.optim import state as checkpoint
+from kronfac.optim.averaging import IterateAverage
 from kronfac.optim.groups import GroupedOptimizer
 from kronfac.optim.layers import Coverage, assign, check_layers, same_tensors
 from kronfac.optim.options import Schedule
@@ -84,6 +85,8 @@ class KFAC(GroupedOptimizer):
         norm_constraint: c > 0, the clipped directions are scaled by min(1, c / √(Σ_l ‖P_l‖²)), Euclidean norms over all
             layers together; the lr is not in it. Groups and SGD parameters as for kl_clip. None switches it off.
             (kfac-jax's option of this name is `kl_clip` here.)
+        averaging: weight in [0, 1) of a running average of the iterates, 0.99 in Martens & Grosse; None keeps none. See
+            `averaged_parameters`.
         max_staleness: 0.
         adaptive: False.
         grad_scaler: the `torch.amp.GradScaler` in use; only needed for fisher="empirical" when gradients are unscaled
@@ -91,8 +94,8 @@ class KFAC(GroupedOptimizer):
         seed: of the sampler's own generator; None takes `torch.initial_seed()`. Under a process group the rank is
             added.
 
-    lr, momentum, damping, kl_clip, norm_constraint, factor_every and inverse_every may be callables of the step; they are
-    evaluated at every step and are not part of a checkpoint.
+    lr, momentum, damping, kl_clip, norm_constraint, factor_every and inverse_every may be callables of the step; they
+    are evaluated at every step and are not part of a checkpoint.
 
     Attributes:
         clip_scales: per param group, the factor ν that the KL clip applied in the last step (0-dimensional tensor on
@@ -136,6 +139,7 @@ class KFAC(GroupedOptimizer):
         inverse_every: Count = 10,
         kl_clip: Number | None = 1e-3,
         norm_constraint: Number | None = None,
+        averaging: float | None = None,
         max_staleness: int = 0,
         adaptive: bool = False,
         grad_scaler: torch.amp.GradScaler | None = None,
@@ -173,6 +177,9 @@ class KFAC(GroupedOptimizer):
             "reduction": options.choice("KFAC: reduction", reduction, ("mean", "sum")),
             "sharing": None,  # each layer follows its group's
         }
+        self._averaging = (
+            None if averaging is None else IterateAverage(options.number("KFAC: averaging", averaging, high=1.0))
+        )
         self._grad_scaler = grad_scaler
         self._counters = dict.fromkeys(checkpoint.COUNTERS, 0)
         self._reporter = Reporter()
@@ -253,6 +260,9 @@ class KFAC(GroupedOptimizer):
         if text is not None:
             self._reporter.once(text, text)
 
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
     def _home(self) -> torch.device:
         return next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
 
@@ -277,6 +287,8 @@ class KFAC(GroupedOptimizer):
             ValueError: a sparse gradient; fisher="empirical" with gradients unscaled by a GradScaler that was not
                 passed.
         """
+        if self._averaging is not None and self._averaging.swapped:
+            raise RuntimeError("KFAC.step: inside averaged_parameters() the parameters are not those to be trained")
         loss: float | None = None
         if closure is not None:
             with torch.enable_grad():
@@ -324,6 +336,8 @@ class KFAC(GroupedOptimizer):
         if outcome.applied:
             self._eager = self._eager and not fresh
             self._counters["step"] += 1
+            if self._averaging is not None:
+                self._averaging.update(self._parameters())
             self._counters["inverse_retries"] += outcome.retries
             self._counters["inverse_failures"] += outcome.failures
             self.clip_scales, self.norm_scales = outcome.clip_scales, outcome.norm_scales
@@ -331,7 +345,7 @@ class KFAC(GroupedOptimizer):
             self._counters["skipped_steps"] += 1
         self._announce_due()
         if outcome.applied or found_inf is None:  # GradScaler probes for overflow on purpose
-            self._reporter.outcome(outcome, self.model, [p for group in self.param_groups for p in group["params"]])
+            self._reporter.outcome(outcome, self.model, self._parameters())
 
     def _due(self, fresh: dict[str, ScaledSums]) -> dict[str, ScaledSums]:
         """Leave out layers whose group takes no statistics at this step, while another group's does."""
@@ -396,6 +410,22 @@ class KFAC(GroupedOptimizer):
         """
         return self._live_recorder().record(update_only=update_only)
 
+    def averaged_parameters(self) -> AbstractContextManager[None]:
+        """The parameters hold their averages inside, and afterwards, also after an exception, what they held before.
+
+        For evaluation and for saving the averaged model; `step` is refused inside. Buffers, such as the running
+        statistics of batch norm, are not averaged.
+
+        Returns:
+            A context manager. Entering it raises RuntimeError before the first step, and when nested.
+
+        Raises:
+            RuntimeError: the optimizer was made without `averaging`.
+        """
+        if self._averaging is None:
+            raise RuntimeError("KFAC.averaged_parameters: no averages are kept; make the optimizer with averaging=0.99")
+        return self._averaging.swap(self._parameters())
+
     @property
     def layers(self) -> tuple[str, ...]:
         """Names of the covered layers."""
@@ -445,7 +475,10 @@ class KFAC(GroupedOptimizer):
             generator=self._generator,
             layers=self._coverage.layers,
             groups=self.param_groups,
+            averaging=self._averaging is not None,
         )
+        if self._averaging is not None:
+            self._averaging.restore(self._parameters(), loaded.averages)
         for layer in self._coverage.layers:
             layer.factors, layer.updates, layer.factorisation = None, 0, None
             if layer.name in loaded.layers:
@@ -488,6 +521,8 @@ def _add_own_part(optimizer: Optimizer, state_dict: StateDict) -> None:
         eager=optimizer._eager,
         generator=optimizer._generator,
         layers=optimizer._coverage.layers,
+        parameters=optimizer._parameters(),
+        averaging=optimizer._averaging,
     )
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kronfac.curvature import KroneckerFactors
+from kronfac.optim.averaging import Averaged, IterateAverage, average_dtype
 from kronfac.optim.layers import Layer
 from kronfac.optim.options import GROUP_OPTIONS, check_group
 from kronfac.optim.structures import Factorisation, Structures
@@ -46,6 +47,7 @@ class Loaded:
         generator_device: kind of device that the sampler's state belongs to.
         generator_state: of the sampler.
         layers: what is kept for each layer that has statistics, by name.
+        averages: of the iterates, by the parameter's position.
     """
 
     base: dict[str, Any]
@@ -55,6 +57,7 @@ class Loaded:
     generator_device: str
     generator_state: Tensor
     layers: dict[str, LayerState]
+    averages: dict[int, Averaged]
 
 
 def pack(
@@ -64,6 +67,8 @@ def pack(
     eager: bool,
     generator: torch.Generator,
     layers: Sequence[Layer],
+    parameters: Sequence[Tensor],
+    averaging: IterateAverage | None,
 ) -> dict[str, Any]:
     """K-FAC's part of the state_dict: tensors, numbers and strings only, so that ``weights_only=True`` loads it."""
     return {
@@ -86,6 +91,13 @@ def pack(
             for layer in layers
             if layer.factors is not None
         },
+        "averages": None
+        if averaging is None
+        else {
+            index: {"count": averaging.entries[parameter].count, "value": averaging.entries[parameter].value.clone()}
+            for index, parameter in enumerate(parameters)
+            if parameter in averaging.entries
+        },
     }
 
 
@@ -96,6 +108,7 @@ def check(
     generator: torch.Generator,
     layers: Sequence[Layer],
     groups: Sequence[Mapping[str, Any]],
+    averaging: bool,
 ) -> Loaded:
     """Check a whole checkpoint against an optimizer without touching the optimizer.
 
@@ -129,6 +142,7 @@ def check(
         generator_device=str(kind["device"]),
         generator_state=_generator_state(kind, generator),
         layers=_layers(own["layers"], layers, structure),
+        averages=_averages(own.get("averages"), [p for group in groups for p in group["params"]], averaging),
     )
 
 
@@ -206,6 +220,22 @@ def _momenta(value: object, groups: Sequence[Mapping[str, Any]]) -> dict[int, di
             .to(parameter.device, parameter.dtype, copy=True)
             for key, tensor in fields.items()
         }
+    return result
+
+
+def _averages(value: object, parameters: Sequence[Tensor], wanted: bool) -> dict[int, Averaged]:
+    where = f"{KEY}.averages"
+    if (value is not None) != wanted:
+        has, remedy = ("has none", "without averaging=") if wanted else ("has some", "with the checkpoint's averaging=")
+        raise ValueError(f"{_WHERE}: {where}: the checkpoint {has}; make the optimizer {remedy}")
+    result = {}
+    for index, entry in _mapping(where, {} if value is None else value).items():
+        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(parameters):
+            raise ValueError(f"{_WHERE}: {where}: expected indices below {len(parameters)}, got {index!r}")
+        fields, parameter = _mapping(f"{where}[{index}]", entry, ("count", "value")), parameters[index]
+        tensor = _checked(f"{where}[{index}].value", fields["value"], tuple(parameter.shape))
+        count = _integer(f"{where}[{index}].count", fields["count"])
+        result[index] = Averaged(tensor.detach().to(parameter.device, average_dtype(parameter), copy=True), count)
     return result
 
 
