@@ -241,3 +241,41 @@ def test_a_likelihood_of_ones_own_says_what_it_lacks() -> None:
         Poisson().exact_gradients(torch.zeros(1, 1), None)
     with pytest.raises(ValueError, match="has no target_gradients"):
         Poisson().target_gradients(torch.zeros(1, 1), torch.zeros(1, 1), None)
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "shape", "mask_shape"),
+    [
+        (Categorical(), (4, 3), (4,)),
+        (Categorical(dim=1), (2, 3, 4), (2, 4)),
+        (Categorical(dim=-1), (2, 4, 3), (2, 4)),
+        (Gaussian(variance=0.3), (4, 3), (4,)),
+        (Bernoulli(), (3, 2, 2), (3, 2)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_fisher_product_is_the_sum_over_the_exact_columns(
+    likelihood: Likelihood, shape: tuple[int, ...], mask_shape: tuple[int, ...], masked: bool
+) -> None:
+    logits, vector = torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
+    mask = torch.rand(mask_shape) < 0.5 if masked else None
+    expected = Likelihood.fisher_product(likelihood, logits, vector, mask)
+    assert float(expected.abs().sum()) > 0
+    torch.testing.assert_close(likelihood.fisher_product(logits, vector, mask), expected)
+    if not masked and isinstance(likelihood, Categorical) and len(shape) == 2:
+        loss = lambda z: torch.nn.functional.cross_entropy(z, torch.zeros(4, dtype=torch.long), reduction="sum")  # noqa: E731
+        _, hessian_product = torch.autograd.functional.hvp(loss, logits, vector)
+        torch.testing.assert_close(expected, hessian_product)
+
+
+def test_a_likelihood_without_columns_has_no_fisher_product() -> None:
+    class Bare(Likelihood):
+        def terms(self, logits: Tensor, mask: Tensor | None) -> float:
+            return len(logits)
+
+        def sample_gradients(self, logits: Tensor, generator: Generator | None, mask: Tensor | None) -> Tensor:
+            return logits
+
+    with pytest.raises(ValueError, match="has neither fisher_product nor exact_gradients"):
+        Bare().fisher_product(torch.randn(2, 2), torch.randn(2, 2), None)

@@ -19,8 +19,9 @@ from torch import Generator, Tensor
 class Likelihood(ABC):
     """Base class of likelihoods; subclass it for a loss that kronfac does not know.
 
-    A subclass defines `terms` and `sample_gradients`, `exact_gradients` where fisher="exact" is wanted and
-    `target_gradients` where `kronfac.curvature.factors(..., fisher="empirical")` is. Dimension 0 of the output
+    A subclass defines `terms` and `sample_gradients`, `exact_gradients` where fisher="exact" or KFAC's adaptive mode is
+    wanted (a `fisher_product` of its own makes that cheaper) and `target_gradients` where
+    `kronfac.curvature.factors(..., fisher="empirical")` is. Dimension 0 of the output
     counts the examples, which are independent. `mask`, when given, is a bool tensor over the leading dimensions of
     the output: False marks terms that the loss leaves out; their gradients must come back as zeros.
     """
@@ -101,6 +102,30 @@ class Likelihood(ABC):
             ValueError: the likelihood has none.
         """
         raise ValueError(f'{self!r}: has no exact_gradients; use fisher="mc" or define the method')
+
+    def fisher_product(self, logits: Tensor, vector: Tensor, mask: Tensor | None) -> Tensor:
+        """Output-space Fisher matrix of each example times a vector; by default through `exact_gradients`.
+
+        Args:
+            logits: the model's output.
+            vector: of its shape.
+            mask: terms that count, all when None.
+
+        Returns:
+            Σ_c b_c ⟨b_c, v⟩ per example over the columns b_c of `exact_gradients`, shape of `logits`, float32 (float64
+            for float64 logits).
+
+        Raises:
+            ValueError: the likelihood has neither this nor `exact_gradients`.
+        """
+        if type(self).exact_gradients is Likelihood.exact_gradients:
+            raise ValueError(f"{self!r}: has neither fisher_product nor exact_gradients; define one of them")
+        wide = _wide(vector)
+        result = torch.zeros_like(wide)
+        for column in self.exact_gradients(logits, mask):
+            coefficients = (column * wide).flatten(1).sum(1)
+            result += column * coefficients.view(-1, *[1] * (column.dim() - 1))
+        return result
 
     def target_gradients(self, logits: Tensor, targets: Tensor, mask: Tensor | None) -> Tensor:
         """d(-log p(y | x))/d logits at given targets.
@@ -201,6 +226,13 @@ class Categorical(Likelihood):
                 column[:, position, c] += root
                 yield column.view_as(probabilities).movedim(-1, dim)
 
+    def fisher_product(self, logits: Tensor, vector: Tensor, mask: Tensor | None) -> Tensor:
+        """(diag p - p pᵀ) v over the classes; see `Likelihood.fisher_product`."""
+        dim = self._class_dim(logits)
+        probabilities = _wide(logits).softmax(dim)
+        weighted = probabilities * _wide(vector)
+        return _keep(weighted - probabilities * weighted.sum(dim, keepdim=True), mask, dim)
+
     def target_gradients(self, logits: Tensor, targets: Tensor, mask: Tensor | None) -> Tensor:
         """Softmax minus the targets: class indices, or class probabilities in the output's shape."""
         dim = self._class_dim(logits)
@@ -254,6 +286,10 @@ class _Elementwise(Likelihood):
             column = torch.zeros_like(rows)
             column[:, element] = rows[:, element]
             yield column.view_as(roots)
+
+    def fisher_product(self, logits: Tensor, vector: Tensor, mask: Tensor | None) -> Tensor:
+        """The second derivative of -log p times v, elementwise; see `Likelihood.fisher_product`."""
+        return _keep(self._deviation(logits).square() * _wide(vector), mask)
 
 
 class Gaussian(_Elementwise):
