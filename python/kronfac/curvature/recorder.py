@@ -256,6 +256,11 @@ class Recorder:
         """Whether a forward is being recorded."""
         return self._forward is not None
 
+    @property
+    def update_only(self) -> bool:
+        """Whether the forwards that run now are for statistics alone."""
+        return self._update_only
+
     def open(self) -> None:
         """The root's forward begins."""
         self._forward = None  # what an interrupted forward may have left

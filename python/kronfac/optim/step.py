@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -81,17 +81,79 @@ def advance(
         flags.append(found_inf.reshape(()) == 0)
 
     averages = average(layers, fresh, factor_decay)
-    inverses: dict[str, Factorisation] = {}
-    retries = 0
-    due = _due_for_inverse(layers, averages, groups, step)
+    due = due_for_inverse(layers, averages, groups, step)
     if due:
         # Factorising waits for the device anyway, so the check comes first and spares it a hopeless attempt.
-        if not _agree(flags, home):
+        if not agree(flags, home):
             return Outcome(applied=False)
         flags = []
+    own = propose(structure, layers, groups, averages, due, partial(_damping, groups=groups), rows)
+    ready, done = own.ready, own.done
+    if not agree([*flags, *own.finite(groups)], home):
+        return Outcome(applied=False)
+
+    commit(layers, averages, own.inverses)
+    scales = _clip_scales(ready, done, groups)
+    bounds = _norm_scales(ready, done.matrices, groups, scales)
+    _move(ready, done.matrices, groups, state, _products(scales, bounds))
+    return Outcome(True, own.retries, own.failures, scales, bounds, own.bare)
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Inverses and preconditioned gradients that no layer holds yet.
+
+    Attributes:
+        inverses: the new ones, by layer name.
+        retries: factors that needed more damping than asked for.
+        failures: layers that could not be inverted at all.
+        ready: the layers that can be preconditioned.
+        done: their preconditioned gradients.
+        bare: names of layers with gradients but no statistics so far.
+    """
+
+    inverses: dict[str, Factorisation]
+    retries: int
+    failures: int
+    ready: list[Layer]
+    done: Preconditioned
+    bare: tuple[str, ...]
+
+    def finite(self, groups: Groups) -> list[Tensor]:
+        """Bool tensors () that are all true where preconditioned gradients and the plain ones are finite."""
+        # A non-finite entry of V makes ⟨P, V⟩ non-finite: P holds its products with whole rows and columns of inverses.
+        flags = [products.isfinite().all() for _, products in self.done.dots]
+        seen = {id(p) for layer in self.ready if layer.adapter.slices is None for p in layer.parameters}
+        rest = [p.grad for group in groups for p in group["params"] if p.grad is not None and id(p) not in seen]
+        return [*flags, *all_finite(rest)]
+
+
+def propose(
+    structure: Structures,
+    layers: Sequence[Layer],
+    groups: Groups,
+    averages: Mapping[str, Average],
+    due: Sequence[Layer],
+    damping: Callable[[Layer], float],
+    rows: Mapping[str, GradientRows] | None = None,
+) -> Proposal:
+    """Invert the layers that are due and precondition all that have gradients and an inverse.
+
+    Args:
+        structure: how factors are inverted and applied.
+        layers: the covered layers; none of them is changed.
+        groups: checked param groups.
+        averages: the new averages, by layer name.
+        due: layers with factors whose inverses are to be renewed.
+        damping: of a layer.
+        rows: by layer name, what may form the layer's gradient.
+    """
+    inverses: dict[str, Factorisation] = {}
+    retries = 0
+    if due:
         newest = [averages[layer.name].factors if layer.name in averages else layer.factors for layer in due]
         factors = [pair for pair in newest if pair is not None]
-        values, retries = factorise(structure, due, factors, [_damping(layer, groups) for layer in due])
+        values, retries = factorise(structure, due, factors, [damping(layer) for layer in due])
         inverses = {layer.name: value for layer, value in zip(due, values, strict=True) if value is not None}
 
     active = [layer for layer in layers if all(p.grad is not None for p in layer.parameters)]
@@ -107,28 +169,19 @@ def advance(
         [layer.block for layer in ready],
         [partial(_regularised_gradient, layer, groups) for layer in ready],
         current,
-        [_damping(layer, groups) for layer in ready],
-        [
-            None if rows is None or any(_l2(groups[i]) for i in layer.groups) else rows.get(layer.name)
-            for layer in ready
-        ],
+        [damping(layer) for layer in ready],
+        [None if rows is None or any(l2(groups[i]) for i in layer.groups) else rows.get(layer.name) for layer in ready],
     )
-    # A non-finite entry of V makes ⟨P, V⟩ non-finite: P holds its products with whole rows and columns of the inverses.
-    flags.extend(products.isfinite().all() for _, products in done.dots)
-    seen = {id(p) for layer in ready if layer.adapter.slices is None for p in layer.parameters}
-    rest = [p.grad for group in groups for p in group["params"] if p.grad is not None and id(p) not in seen]
-    if not _agree([*flags, *all_finite(rest)], home):
-        return Outcome(applied=False)
+    bare = tuple(layer.name for layer in active if layer.factors is None and layer.name not in averages)
+    return Proposal(inverses, retries, len(due) - len(inverses), ready, done, bare)
 
+
+def commit(layers: Iterable[Layer], averages: Mapping[str, Average], inverses: Mapping[str, Factorisation]) -> None:
+    """Hand new averages and inverses over to the layers."""
     for layer in layers:
         if layer.name in averages:
             layer.factors, layer.updates = averages[layer.name].factors, averages[layer.name].updates
         layer.factorisation = inverses.get(layer.name, layer.factorisation)
-    scales = _clip_scales(ready, done, groups)
-    bounds = _norm_scales(ready, done.matrices, groups, scales)
-    _move(ready, done.matrices, groups, state, _products(scales, bounds))
-    bare = tuple(layer.name for layer in active if layer.factors is None)
-    return Outcome(True, retries, len(due) - len(inverses), scales, bounds, bare)
 
 
 def unscale(groups: Groups, scale: Tensor) -> None:
@@ -149,7 +202,7 @@ def world_size() -> int:
     return torch.distributed.get_world_size()
 
 
-def _agree(flags: Sequence[Tensor], home: torch.device) -> bool:
+def agree(flags: Sequence[Tensor], home: torch.device) -> bool:
     """Read the flags from the device. Under a process group every rank must be sound, so that none runs ahead."""
     alone = world_size() == 1
     if not flags and alone:
@@ -162,9 +215,8 @@ def _agree(flags: Sequence[Tensor], home: torch.device) -> bool:
     return bool(verdict)
 
 
-def _due_for_inverse(
-    layers: Iterable[Layer], averages: Mapping[str, Average], groups: Groups, step: int
-) -> list[Layer]:
+def due_for_inverse(layers: Iterable[Layer], averages: Mapping[str, Average], groups: Groups, step: int) -> list[Layer]:
+    """The layers with factors that have no inverse, or an inverse that is to be renewed at this step."""
     return [
         layer
         for layer in layers
@@ -173,18 +225,19 @@ def _due_for_inverse(
     ]
 
 
-def _l2(group: Mapping[str, Any]) -> float:
+def l2(group: Mapping[str, Any]) -> float:
+    """η of a param group as far as it is part of the loss."""
     return 0.0 if group["decoupled"] else float(group["weight_decay"])
 
 
 def _damping(layer: Layer, groups: Groups) -> float:
     group = groups[layer.groups[0]]
-    return float(group["damping"]) + _l2(group)
+    return float(group["damping"]) + l2(group)
 
 
 def _regularised_gradient(layer: Layer, groups: Groups) -> Tensor:
     gradient = layer.adapter.gradient()
-    decays = [_l2(groups[index]) for index in layer.groups]
+    decays = [l2(groups[index]) for index in layer.groups]
     if not any(decays):
         return gradient
     return add_weight_decay(gradient, layer.adapter.weight_matrix(), decays, *layer.adapter.parts)
@@ -249,27 +302,30 @@ def _move(
     scales: Sequence[Tensor | None],
 ) -> None:
     """Update all parameters: along the scaled preconditioned gradients where there are some, elsewhere as SGD."""
-    waiting = _clip(layers, matrices, scales)
-    directions: dict[int, tuple[Tensor, Tensor | None]] = {}
-    for layer, matrix, scale in zip(layers, matrices, waiting, strict=True):
-        parts = layer.adapter.split(matrix)
-        if layer.adapter.slices is not None:
-            _place(layer, parts, scale, groups, directions)
-            continue
-        for parameter, part in zip(layer.parameters, parts, strict=True):
-            directions[id(parameter)] = part if part.dtype == parameter.dtype else part.to(parameter.dtype), scale
+    found = directions(layers, matrices, groups, _clip(layers, matrices, scales))
     for group in groups:
         moving = [p for p in group["params"] if p.grad is not None]
-        decay = _l2(group)
-        chosen: list[Tensor] = []
-        factors: list[Tensor | None] = []
-        for p in moving:
-            direction = directions.get(id(p))
-            if direction is None:
-                direction = _plain_direction(p, decay), None
-            chosen.append(direction[0])
-            factors.append(direction[1])
-        apply_update(group, moving, chosen, state, factors)
+        chosen = [found[id(p)] for p in moving]
+        apply_update(group, moving, [tensor for tensor, _ in chosen], state, [scale for _, scale in chosen])
+
+
+def directions(
+    layers: Sequence[Layer], matrices: Sequence[Tensor], groups: Groups, scales: Sequence[Tensor | None]
+) -> dict[int, tuple[Tensor, Tensor | None]]:
+    """Direction of every parameter with a gradient and the factor that it has yet to be multiplied by, by its id."""
+    found: dict[int, tuple[Tensor, Tensor | None]] = {}
+    for layer, matrix, scale in zip(layers, matrices, scales, strict=True):
+        parts = layer.adapter.split(matrix)
+        if layer.adapter.slices is not None:
+            _place(layer, parts, scale, groups, found)
+            continue
+        for parameter, part in zip(layer.parameters, parts, strict=True):
+            found[id(parameter)] = part if part.dtype == parameter.dtype else part.to(parameter.dtype), scale
+    for group in groups:
+        for p in group["params"]:
+            if p.grad is not None and id(p) not in found:
+                found[id(p)] = _plain_direction(p, l2(group)), None
+    return found
 
 
 def _plain_direction(parameter: Tensor, decay: float) -> Tensor:
@@ -289,7 +345,7 @@ def _place(
     assert layer.adapter.slices is not None
     for parameter, index, part, place in zip(layer.parameters, layer.groups, parts, layer.adapter.slices, strict=False):
         if id(parameter) not in directions:
-            directions[id(parameter)] = _plain_direction(parameter, _l2(groups[index])).clone(), None
+            directions[id(parameter)] = _plain_direction(parameter, l2(groups[index])).clone(), None
         directions[id(parameter)][0][place] = part if scale is None else part * scale
 
 
