@@ -32,6 +32,8 @@ NAN, INF = float("nan"), float("inf")
         *[("factor_every", value, ValueError) for value in (0, -1)],
         *[("inverse_every", value, ValueError) for value in (0, -1)],
         *[("fisher_samples", value, ValueError) for value in (0, -1)],
+        *[("max_staleness", value, ValueError) for value in (-1, -7)],
+        *[("max_staleness", value, TypeError) for value in (1.5, "1", None, True)],
         *[("factor_every", value, TypeError) for value in (1.5, "1", None, True)],
         *[("lr", value, TypeError) for value in ("0.1", None, True, 1j, torch.tensor(0.1))],
         ("nesterov", 1, TypeError),
@@ -70,7 +72,6 @@ def test_bad_options_are_refused_by_name_and_leave_no_hooks(option: str, value: 
         {"structure": "doubly_factored"},
         {"structure": "tridiagonal"},
         {"adaptive": True},
-        {"max_staleness": 2},
     ],
     ids=str,
 )

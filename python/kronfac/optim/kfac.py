@@ -17,6 +17,7 @@ from kronfac.curvature import KroneckerFactors, Likelihood, Recorder, ScaledSums
 from kronfac.optim import options
 from kronfac.optim import state as checkpoint
 from kronfac.optim.averaging import IterateAverage
+from kronfac.optim.background import Background
 from kronfac.optim.groups import GroupedOptimizer
 from kronfac.optim.layers import Coverage, assign, check_layers, same_tensors
 from kronfac.optim.options import Schedule
@@ -87,7 +88,9 @@ class KFAC(GroupedOptimizer):
             (kfac-jax's option of this name is `kl_clip` here.)
         averaging: weight in [0, 1) of a running average of the iterates, 0.99 in Martens & Grosse; None keeps none. See
             `averaged_parameters`.
-        max_staleness: 0.
+        max_staleness: s >= 0. With s > 0 inverses are made by a background thread: those of step k come into use at
+            step k + s exactly, which waits for them if need be, so that training depends on s but never on the speed of
+            the machine. A layer's first inverse is made at once. Layers on the CPU only.
         adaptive: False.
         grad_scaler: the `torch.amp.GradScaler` in use; only needed for fisher="empirical" when gradients are unscaled
             (`unscale_`) before the step.
@@ -154,8 +157,7 @@ class KFAC(GroupedOptimizer):
         solve = options.choice("KFAC: solve", solve, ("inverse", "eigen"))
         if options.flag("KFAC: adaptive", adaptive):
             raise ValueError("KFAC: adaptive: True is not available yet; use adaptive=False with an lr and a damping")
-        if max_staleness != 0:
-            raise ValueError(f"KFAC: max_staleness: {max_staleness!r} is not available yet; use max_staleness=0")
+        max_staleness = options.whole("KFAC: max_staleness", max_staleness)
         for name, function in (("output", output), ("mask", mask)):
             if function is not None and not callable(function):
                 raise TypeError(f"KFAC: {name}: expected a callable or None, got {function!r}")
@@ -181,6 +183,9 @@ class KFAC(GroupedOptimizer):
             None if averaging is None else IterateAverage(options.number("KFAC: averaging", averaging, high=1.0))
         )
         self._grad_scaler = grad_scaler
+        self._background = Background(max_staleness) if max_staleness else None
+        if self._background is not None:
+            weakref.finalize(self, self._background.forget).atexit = False
         self._counters = dict.fromkeys(checkpoint.COUNTERS, 0)
         self._reporter = Reporter()
         self._recorder: Recorder | None = None
@@ -240,6 +245,9 @@ class KFAC(GroupedOptimizer):
         """Assign parameters to layers and put a recorder on the model that watches exactly these."""
         coverage = assign(self.model, self.param_groups, self._coverage.layers)
         check_layers(coverage.layers, self.param_groups)
+        if self._background is not None:
+            self._background.check(coverage.layers)
+            self._background.keep([layer.name for layer in coverage.layers if layer.factorisation is not None])
         if self._finalizer is not None:
             self._finalizer()
         recorder = Recorder(
@@ -301,6 +309,9 @@ class KFAC(GroupedOptimizer):
         self._resolve(self._counters["step"])
         check_layers(self._coverage.layers, self.param_groups)
         self._refuse_sparse()
+        if self._background is not None:
+            self._background.check(self._coverage.layers)
+            self._background.raise_errors()
         layers, recorder = self._coverage.layers, self._live_recorder()
         if layers and not recorder.ever_recorded and all(layer.factors is None for layer in layers):
             raise RuntimeError(recorder.explain_missing())
@@ -332,6 +343,7 @@ class KFAC(GroupedOptimizer):
             step=self._counters["step"],
             found_inf=found_inf,
             rows=rows,
+            background=self._background,
         )
         if outcome.applied:
             self._eager = self._eager and not fresh
@@ -481,9 +493,12 @@ class KFAC(GroupedOptimizer):
             self._averaging.restore(self._parameters(), loaded.averages)
         for layer in self._coverage.layers:
             layer.factors, layer.updates, layer.factorisation = None, 0, None
+            layer.made = None
             if layer.name in loaded.layers:
                 saved = loaded.layers[layer.name]
                 layer.factors, layer.updates, layer.factorisation = saved.factors, saved.updates, saved.factorisation
+                layer.made = saved.made
+        checkpoint.take_pending(self._coverage.layers, loaded, self._background)
         self._counters, self._eager = dict(loaded.counters), loaded.eager
         if loaded.generator_device == self._generator.device.type:
             self._generator.set_state(loaded.generator_state)
@@ -523,6 +538,7 @@ def _add_own_part(optimizer: Optimizer, state_dict: StateDict) -> None:
         layers=optimizer._coverage.layers,
         parameters=optimizer._parameters(),
         averaging=optimizer._averaging,
+        background=optimizer._background,
     )
 
 

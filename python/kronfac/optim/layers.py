@@ -30,6 +30,7 @@ class Layer:
         factors: undamped running averages, None before the first statistics.
         updates: how many statistics entered the averages.
         factorisation: the newest good one, None before the first.
+        made: the step whose factors are in it.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Layer:
     factors: KroneckerFactors | None = None
     updates: int = 0
     factorisation: Factorisation | None = None
+    made: int | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -128,6 +130,7 @@ def assign(model: nn.Module, groups: Sequence[Mapping[str, Any]], previous: Sequ
         before = known.get(name)
         if before is not None and same_tensors(before.parameters, parameters):
             layer.factors, layer.updates, layer.factorisation = before.factors, before.updates, before.factorisation
+            layer.made = before.made
         layers.append(layer)
         covered.update(map(id, parameters))
 

@@ -78,6 +78,16 @@ def count(where: str, value: object) -> int:
     return result
 
 
+def whole(where: str, value: object) -> int:
+    """Return `value` as an int >= 0; TypeError when it is not integral, ValueError below 0."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{where}: expected an integer >= 0, got {value!r}")
+    result = int(value.__index__())
+    if result < 0:
+        raise ValueError(f"{where}: expected an integer >= 0, got {value!r}")
+    return result
+
+
 def flag(where: str, value: object) -> bool:
     """Return `value`, which must be a bool."""
     if not isinstance(value, bool):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kronfac.curvature import KroneckerFactors
 from kronfac.optim.averaging import Averaged, IterateAverage, average_dtype
+from kronfac.optim.background import Background, Finished
 from kronfac.optim.layers import Layer
 from kronfac.optim.options import GROUP_OPTIONS, check_group
 from kronfac.optim.structures import Factorisation, Structures
@@ -33,6 +34,7 @@ class LayerState:
     factors: KroneckerFactors
     updates: int
     factorisation: Factorisation | None
+    made: int | None = None
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Loaded:
         generator_state: of the sampler.
         layers: what is kept for each layer that has statistics, by name.
         averages: of the iterates, by the parameter's position.
+        pending: inverses that were asked for and are not in use yet, oldest first.
     """
 
     base: dict[str, Any]
@@ -58,6 +61,7 @@ class Loaded:
     generator_state: Tensor
     layers: dict[str, LayerState]
     averages: dict[int, Averaged]
+    pending: list[Finished]
 
 
 def pack(
@@ -69,8 +73,12 @@ def pack(
     layers: Sequence[Layer],
     parameters: Sequence[Tensor],
     averaging: IterateAverage | None,
+    background: Background | None = None,
 ) -> dict[str, Any]:
-    """K-FAC's part of the state_dict: tensors, numbers and strings only, so that ``weights_only=True`` loads it."""
+    """K-FAC's part of the state_dict: tensors, numbers and strings only, so that ``weights_only=True`` loads it.
+
+    Waits for inverses that are being made in the background; they are stored beside those in use.
+    """
     return {
         "format": FORMAT,
         "structure": structure.name,
@@ -87,6 +95,7 @@ def pack(
                 "G": layer.factors.G,
                 "updates": layer.updates,
                 "factorisation": None if layer.factorisation is None else dict(layer.factorisation),
+                "made": layer.made,
             }
             for layer in layers
             if layer.factors is not None
@@ -98,6 +107,14 @@ def pack(
             for index, parameter in enumerate(parameters)
             if parameter in averaging.entries
         },
+        "pending": [
+            {
+                "made": request.made,
+                "retries": request.retries,
+                "layers": {name: None if value is None else dict(value) for name, value in request.values.items()},
+            }
+            for request in (background.finished() if background is not None else ())
+        ],
     }
 
 
@@ -119,7 +136,7 @@ def check(
         ValueError: the first thing that does not fit, by its path inside the checkpoint.
     """
     top = _mapping("state_dict", state_dict, ("state", "param_groups", KEY), hint="was it written by kronfac.KFAC?")
-    own = _mapping(KEY, top[KEY], ("format", "structure", "counters", "eager", "generator", "layers"))
+    own = _mapping(KEY, top[KEY], ("format", "structure", "counters", "eager", "generator", "layers", "pending"))
     version = _integer(f"{KEY}.format", own["format"])
     if version != FORMAT:
         raise ValueError(
@@ -131,6 +148,7 @@ def check(
             "make the optimizer with the checkpoint's structure= and solve="
         )
     counters = _mapping(f"{KEY}.counters", own["counters"], COUNTERS)
+    kept = _layers(own["layers"], layers, structure)
     if not isinstance(own["eager"], bool):
         raise ValueError(f"{_WHERE}: {KEY}.eager: expected a bool, got {_describe(own['eager'])}")
     kind = _mapping(f"{KEY}.generator", own["generator"], ("device", "seed", "state"))
@@ -141,9 +159,25 @@ def check(
         seed=_integer(f"{KEY}.generator.seed", kind["seed"]),
         generator_device=str(kind["device"]),
         generator_state=_generator_state(kind, generator),
-        layers=_layers(own["layers"], layers, structure),
         averages=_averages(own.get("averages"), [p for group in groups for p in group["params"]], averaging),
+        layers=kept,
+        pending=_pending(own["pending"], layers, structure, kept, counters["step"]),
     )
+
+
+def take_pending(layers: Sequence[Layer], loaded: Loaded, background: Background | None) -> None:
+    """Hand a checkpoint's pending inverses over; without a background thread they are put into use at once.
+
+    Such an optimizer would have used them since the steps they were asked for at.
+    """
+    if background is not None:
+        background.adopt(loaded.pending)
+        return
+    for request in loaded.pending:
+        for layer in layers:
+            value = request.values.get(layer.name)
+            if value is not None:
+                layer.factorisation, layer.made = value, request.made
 
 
 def _layers(value: object, layers: Sequence[Layer], structure: Structures) -> dict[str, LayerState]:
@@ -158,8 +192,7 @@ def _layers(value: object, layers: Sequence[Layer], structure: Structures) -> di
     result = {}
     for name, entry in saved.items():
         layer, where = known[name], f"{KEY}.layers.{name}"
-        fields = _mapping(where, entry, ("A", "G", "updates", "factorisation"))
-        inputs, outputs = layer.adapter.factor_sizes
+        fields = _mapping(where, entry, ("A", "G", "updates", "factorisation", "made"))
         A, G = layer.adapter.factor_shapes
         factors = KroneckerFactors(
             A=_tensor(f"{where}.A", fields["A"], A, layer),
@@ -167,14 +200,44 @@ def _layers(value: object, layers: Sequence[Layer], structure: Structures) -> di
         )
         factorisation = None
         if fields["factorisation"] is not None:
-            shapes = structure.shapes(layer.block, layer.adapter.groups, outputs, inputs)
-            tensors = _mapping(f"{where}.factorisation", fields["factorisation"], tuple(shapes))
-            factorisation = {
-                key: _tensor(f"{where}.factorisation.{key}", tensors[key], shape, layer)
-                for key, shape in shapes.items()
-            }
+            factorisation = _factorisation(f"{where}.factorisation", fields["factorisation"], layer, structure)
+        made = None if fields["made"] is None else _integer(f"{where}.made", fields["made"])
         updates = _integer(f"{where}.updates", fields["updates"])
-        result[name] = LayerState(factors, updates, factorisation)
+        result[name] = LayerState(factors, updates, factorisation, made)
+    return result
+
+
+def _factorisation(where: str, value: object, layer: Layer, structure: Structures) -> Factorisation:
+    inputs, outputs = layer.adapter.factor_sizes
+    shapes = structure.shapes(layer.block, layer.adapter.groups, outputs, inputs)
+    tensors = _mapping(where, value, tuple(shapes))
+    return {key: _tensor(f"{where}.{key}", tensors[key], shape, layer) for key, shape in shapes.items()}
+
+
+def _pending(
+    value: object, layers: Sequence[Layer], structure: Structures, kept: Mapping[str, LayerState], step: int
+) -> list[Finished]:
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"{_WHERE}: {KEY}.pending: expected a list, got {_describe(value)}")
+    known = {layer.name: layer for layer in layers}
+    result: list[Finished] = []
+    for index, entry in enumerate(value):
+        where = f"{KEY}.pending[{index}]"
+        fields = _mapping(where, entry, ("made", "retries", "layers"))
+        made = _integer(f"{where}.made", fields["made"])
+        least = result[-1].made + 1 if result else 0
+        if not least <= made < step:
+            raise ValueError(f"{_WHERE}: {where}.made: expected a step from {least} to below {step}, got {made}")
+        values: dict[str, Factorisation | None] = {}
+        for name, tensors in _mapping(f"{where}.layers", fields["layers"]).items():
+            if name not in kept or kept[name].factorisation is None:
+                raise ValueError(
+                    f"{_WHERE}: {where}.layers: expected layers that have an inverse in use, got {name!r}; "
+                    "the checkpoint is corrupt"
+                )
+            within = f"{where}.layers.{name}"
+            values[name] = None if tensors is None else _factorisation(within, tensors, known[name], structure)
+        result.append(Finished(made, values, _integer(f"{where}.retries", fields["retries"])))
     return result
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kronfac.curvature import GradientRows, ScaledSums
+from kronfac.optim.background import Arrived, Background
 from kronfac.optim.layers import Layer
 from kronfac.optim.refresh import (
     Average,
@@ -59,6 +61,7 @@ def advance(
     step: int,
     found_inf: Tensor | None = None,
     rows: Mapping[str, GradientRows] | None = None,
+    background: Background | None = None,
 ) -> Outcome:
     """Take one step: statistics into the averages, inverses when due, preconditioned gradients into the parameters.
 
@@ -74,6 +77,7 @@ def advance(
         step: 0-based number of this step.
         found_inf: GradScaler's verdict; anything but 0 skips the step.
         rows: by layer name, what may form the layer's gradient.
+        background: makes inverses of layers that have one already for a later step; None makes all of them now.
     """
     home = next((p.device for group in groups for p in group["params"]), torch.device("cpu"))
     flags = sums_finite(fresh.values())
@@ -82,21 +86,31 @@ def advance(
 
     averages = average(layers, fresh, factor_decay)
     due = due_for_inverse(layers, averages, groups, step)
+    arrived, later = Arrived(), list[Layer]()
+    if background is not None:
+        arrived = background.arrive(step)
+        later = [layer for layer in due if layer.factorisation is not None]
+        due = [layer for layer in due if layer.factorisation is None]
     if due:
         # Factorising waits for the device anyway, so the check comes first and spares it a hopeless attempt.
         if not agree(flags, home):
             return Outcome(applied=False)
         flags = []
-    own = propose(structure, layers, groups, averages, due, partial(_damping, groups=groups), rows)
+    own = propose(structure, layers, groups, averages, due, partial(_damping, groups=groups), rows, arrived.values)
     ready, done = own.ready, own.done
     if not agree([*flags, *own.finite(groups)], home):
         return Outcome(applied=False)
 
-    commit(layers, averages, own.inverses)
+    commit(layers, averages, own.inverses, step, arrived.made)
+    if background is not None:
+        background.retire(step)
+        snapshot = [layer.factors for layer in later if layer.factors is not None]
+        background.submit(step, structure, later, snapshot, [_damping(layer, groups) for layer in later])
     scales = _clip_scales(ready, done, groups)
     bounds = _norm_scales(ready, done.matrices, groups, scales)
     _move(ready, done.matrices, groups, state, _products(scales, bounds))
-    return Outcome(True, own.retries, own.failures, scales, bounds, own.bare)
+    retries, failures = own.retries + arrived.retries, own.failures + arrived.failures
+    return Outcome(True, retries, failures, scales, bounds, own.bare)
 
 
 @dataclass(frozen=True)
@@ -136,6 +150,7 @@ def propose(
     due: Sequence[Layer],
     damping: Callable[[Layer], float],
     rows: Mapping[str, GradientRows] | None = None,
+    arrived: Mapping[str, Factorisation] = MappingProxyType({}),
 ) -> Proposal:
     """Invert the layers that are due and precondition all that have gradients and an inverse.
 
@@ -147,6 +162,7 @@ def propose(
         due: layers with factors whose inverses are to be renewed.
         damping: of a layer.
         rows: by layer name, what may form the layer's gradient.
+        arrived: inverses made beforehand for this step, by layer name.
     """
     inverses: dict[str, Factorisation] = {}
     retries = 0
@@ -155,6 +171,8 @@ def propose(
         factors = [pair for pair in newest if pair is not None]
         values, retries = factorise(structure, due, factors, [damping(layer) for layer in due])
         inverses = {layer.name: value for layer, value in zip(due, values, strict=True) if value is not None}
+    failures = len(due) - len(inverses)
+    inverses.update(arrived)
 
     active = [layer for layer in layers if all(p.grad is not None for p in layer.parameters)]
     ready: list[Layer] = []
@@ -173,15 +191,30 @@ def propose(
         [None if rows is None or any(l2(groups[i]) for i in layer.groups) else rows.get(layer.name) for layer in ready],
     )
     bare = tuple(layer.name for layer in active if layer.factors is None and layer.name not in averages)
-    return Proposal(inverses, retries, len(due) - len(inverses), ready, done, bare)
+    return Proposal(inverses, retries, failures, ready, done, bare)
 
 
-def commit(layers: Iterable[Layer], averages: Mapping[str, Average], inverses: Mapping[str, Factorisation]) -> None:
-    """Hand new averages and inverses over to the layers."""
+def commit(
+    layers: Iterable[Layer],
+    averages: Mapping[str, Average],
+    inverses: Mapping[str, Factorisation],
+    step: int,
+    made: Mapping[str, int] = MappingProxyType({}),
+) -> None:
+    """Hand new averages and inverses over to the layers.
+
+    Args:
+        layers: the covered layers.
+        averages: new ones, by layer name.
+        inverses: new ones, by layer name.
+        step: of this step.
+        made: the step that inverses belong to which were asked for earlier, by layer name.
+    """
     for layer in layers:
         if layer.name in averages:
             layer.factors, layer.updates = averages[layer.name].factors, averages[layer.name].updates
-        layer.factorisation = inverses.get(layer.name, layer.factorisation)
+        if layer.name in inverses:
+            layer.factorisation, layer.made = inverses[layer.name], made.get(layer.name, step)
 
 
 def unscale(groups: Groups, scale: Tensor) -> None:
