@@ -146,7 +146,7 @@ def test_eigenvalues_are_floored_at_the_damping() -> None:
 
 
 def test_only_the_lower_triangle_is_read() -> None:
-    for n in (5, 40):
+    for n in (5, 40, 130, 300):
         f = factor(n)
         poisoned = f.clone()
         poisoned[torch.ones(n, n, dtype=torch.bool).triu(1)] = torch.nan
