@@ -1,0 +1,226 @@
+"""The driver: which runs are still missing, one process after the other, and what is done with how they end."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.autoencoder import worker
+from bench.autoencoder.clock import disturbance
+from bench.autoencoder.settings import Setting, grid
+from bench.autoencoder.summary import FINAL, GRID, Record, best, read
+
+ROOT = Path(__file__).resolve().parents[2]
+EVALUATIONS = {GRID: 8, FINAL: 40}
+KEPT = 2
+"""Settings per method that are run again for longer."""
+
+LEAST_SECONDS = 30.0
+"""With less of the budget left no process is started."""
+
+GRACE_SECONDS = 10.0
+"""Of the budget's end, for the last evaluation and the checkpoint."""
+
+
+class RaceError(Exception):
+    """What keeps the race from going on; one line."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How runs are made.
+
+    Attributes:
+        results: folder of the records.
+        data_dir: of MNIST.
+        minutes: of training per run.
+        threads: per run, which is pinned to as many processors.
+        deadline: in seconds since the epoch, when the invocation has to be over.
+        retries: how often a disturbed run is repeated.
+        checkpoint_every: seconds of training between checkpoints.
+        dry: only say what would be run.
+    """
+
+    results: Path
+    data_dir: Path
+    minutes: float
+    threads: int
+    deadline: float
+    retries: int = 1
+    checkpoint_every: float = 30.0
+    dry: bool = False
+
+
+def default_results(threads: int) -> Path:
+    """`bench/results/autoencoder/<machine>`: runs of different machines are never compared."""
+    name = "unknown"
+    try:
+        facts = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        facts = ""
+    found = dict(re.findall(r"^(model name|model)\s*:\s*(.+)$", facts, re.MULTILINE))
+    if found:
+        name = f"{found.get('model name', 'cpu')} {found.get('model', '')}"
+    slug = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\([^)]*\)", "", name).lower()).strip("-")
+    return ROOT / "bench" / "results" / "autoencoder" / f"{slug}-{threads}-threads"
+
+
+def finals(results: Path, methods: Sequence[str], minutes: float) -> list[Setting]:
+    """The best settings of each method's tuning runs.
+
+    Args:
+        results: folder of the records.
+        methods: whose.
+        minutes: length of the tuning runs.
+
+    Raises:
+        RaceError: a method has tuning runs, but not all of them yet.
+    """
+    chosen: list[Setting] = []
+    done = {record.setting.key: record for record in read(results, GRID, minutes)}
+    for method in methods:
+        wanted = [setting.key for setting in grid([method])]
+        missing = [key for key in wanted if key not in done]
+        if len(missing) == len(wanted):
+            print(f"{method}: no tuning runs, so no final ones", flush=True)
+            continue
+        if missing:
+            raise RaceError(f"{method}: {len(missing)} of {len(wanted)} tuning runs are missing; run `grid` first")
+        chosen += [record.setting for record in best([done[key] for key in wanted], KEPT)]
+    return chosen
+
+
+def run_all(stage: str, settings: Sequence[Setting], options: Options) -> bool:
+    """Make the runs of a stage that have no record yet.
+
+    Returns:
+        Whether all of them are there now (methods that kronfac does not have set aside).
+
+    Raises:
+        RaceError: another driver is at work in the same folder, or a run failed.
+    """
+    if options.dry:
+        for setting in settings:
+            state = (
+                "done"
+                if _record_path(options.results, stage, setting, options.minutes).exists()
+                else (
+                    "to be continued"
+                    if _checkpoint_path(options.results, stage, setting, options.minutes).exists()
+                    else "missing"
+                )
+            )
+            print(f"{stage} {setting.key:<24} {state:<16} {setting.describe()}")
+        return True
+    for folder in (options.results, options.results / "state"):
+        folder.mkdir(parents=True, exist_ok=True)
+    with _only_one(options.results):
+        return _run_all(stage, settings, options)
+
+
+def _run_all(stage: str, settings: Sequence[Setting], options: Options) -> bool:
+    refused: dict[str, str] = {}
+    for setting in settings:
+        record = _record_path(options.results, stage, setting, options.minutes)
+        while not record.exists() and setting.method not in refused:
+            left = options.deadline - time.time()
+            if left < LEAST_SECONDS:
+                print(f"out of budget before {stage} {setting.key}; start again to go on", flush=True)
+                return False
+            print(f"{stage} {setting.key}: {setting.describe()}", flush=True)
+            status, said = _run_one(stage, setting, options)
+            if status == worker.UNAVAILABLE:
+                refused[setting.method] = said
+                print(f"  not available in this build: {said}", flush=True)
+            elif status == worker.STOPPED:
+                print(f"  {said}; start again to go on", flush=True)
+                return False
+            elif status != worker.DONE:
+                raise RaceError(
+                    f"{stage} {setting.key} ended with status {status}: {said} (to start the run anew, remove "
+                    f"{_checkpoint_path(options.results, stage, setting, options.minutes)})"
+                )
+            else:
+                _judge(record, options.retries)
+    return True
+
+
+def _run_one(stage: str, setting: Setting, options: Options) -> tuple[int, str]:
+    request = {
+        "parent": os.getpid(),
+        "stage": stage,
+        "setting": setting.to_json(),
+        "seconds": 60 * options.minutes,
+        "evaluations": EVALUATIONS[stage],
+        "threads": options.threads,
+        "data_dir": str(options.data_dir.resolve()),
+        "record": str(_record_path(options.results, stage, setting, options.minutes).resolve()),
+        "checkpoint": str(_checkpoint_path(options.results, stage, setting, options.minutes).resolve()),
+        "checkpoint_every": options.checkpoint_every,
+        "deadline": options.deadline - GRACE_SECONDS,
+    }
+    count = str(options.threads)
+    environment = os.environ | {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "OPENBLAS_NUM_THREADS": count}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bench.autoencoder.worker", json.dumps(request)],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        said, _ = process.communicate()
+    except KeyboardInterrupt:
+        process.terminate()  # it writes its checkpoint
+        process.communicate()
+        raise
+    lines = said.strip().splitlines()
+    return process.returncode, lines[-1] if lines else "no message; see above"
+
+
+def _judge(path: Path, retries: int) -> None:
+    """Say how a run went, and set a disturbed one aside so that it is run again."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    record = Record.from_json(data)
+    error = "diverged" if record.diverged else f"error {record.final_error:.4g}"
+    print(f"  {error}, {record.steps} steps in {record.seconds:.0f} s of training", flush=True)
+    reason = disturbance(data["seconds"], data["cpu_seconds"], data["waited_seconds"], data["threads"])
+    if data["cut_short"]:
+        late = f"time was over after {data['steps']} of {data['planned_steps']} steps"
+        reason = late if reason is None else f"{late}; {reason}"
+    if reason is None:
+        return
+    tries = len(list(path.parent.glob(f"{path.stem}.disturbed-*")))
+    if tries < retries:
+        # Not ending in .json: nothing that reads records takes it for one.
+        path.rename(path.with_name(f"{path.stem}.disturbed-{tries + 1}"))
+        print(f"  disturbed: {reason}; it is run again", flush=True)
+    else:
+        print(f"  disturbed: {reason}; kept, and marked in the report", flush=True)
+
+
+def _record_path(results: Path, stage: str, setting: Setting, minutes: float) -> Path:
+    return results / f"{stage}-{minutes:g}min-{setting.key}.json"
+
+
+def _checkpoint_path(results: Path, stage: str, setting: Setting, minutes: float) -> Path:
+    return results / "state" / f"{stage}-{minutes:g}min-{setting.key}.pt"
+
+
+@contextmanager
+def _only_one(results: Path) -> Iterator[None]:
+    with (results / "state" / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RaceError(f"another driver is at work in {results}") from None
+        yield
