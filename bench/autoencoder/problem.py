@@ -10,10 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.autoencoder.settings import WIDTHS
 from kronfac import datasets
-
-WIDTHS = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
-"""Units per layer; the narrowest is the code."""
 
 CONNECTIONS = 15
 """Incoming weights of a unit that do not start at 0 (Martens 2010, section 5)."""

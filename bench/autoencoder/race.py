@@ -16,7 +16,7 @@ from pathlib import Path
 
 from bench.autoencoder import worker
 from bench.autoencoder.clock import disturbance
-from bench.autoencoder.settings import Setting, grid
+from bench.autoencoder.settings import WIDTHS, Setting, grid
 from bench.autoencoder.summary import FINAL, GRID, Record, best, read
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,6 +47,7 @@ class Options:
         deadline: in seconds since the epoch, when the invocation has to be over.
         retries: how often a disturbed run is repeated.
         checkpoint_every: seconds of training between checkpoints.
+        widths: of the network.
         dry: only say what would be run.
     """
 
@@ -57,6 +58,7 @@ class Options:
     deadline: float
     retries: int = 1
     checkpoint_every: float = 30.0
+    widths: Sequence[int] = WIDTHS
     dry: bool = False
 
 
@@ -165,6 +167,7 @@ def _run_one(stage: str, setting: Setting, options: Options) -> tuple[int, str]:
         "data_dir": str(options.data_dir.resolve()),
         "record": str(_record_path(options.results, stage, setting, options.minutes).resolve()),
         "checkpoint": str(_checkpoint_path(options.results, stage, setting, options.minutes).resolve()),
+        "widths": options.widths,
         "checkpoint_every": options.checkpoint_every,
         "deadline": options.deadline - GRACE_SECONDS,
     }

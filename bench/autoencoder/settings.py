@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+WIDTHS = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
+"""Units per layer of the network; the narrowest is the code."""
+
 FIRST_ORDER = ("sgd", "adam")
 """The methods whose best final error is the line that K-FAC has to cross."""
 

@@ -48,6 +48,7 @@ def main(text: str) -> int:
         Setting.from_json(request["setting"]),
         request["seconds"],
         request["evaluations"],
+        widths=request["widths"],
         checkpoint_every=request["checkpoint_every"],
     )
     try:
