@@ -80,13 +80,6 @@ def test_copies_of_the_model_are_not_watched() -> None:
         assert set(own.factors()) == {"0", "2"}
 
 
-def test_the_optimizer_itself_is_neither_copied_nor_pickled() -> None:
-    optimizer = KFAC(mlp(3, 2), 0.1)
-    for action in (copy.deepcopy, pickle.dumps):
-        with pytest.raises(TypeError, match="hand over state_dict"):
-            action(optimizer)
-
-
 def test_two_optimizers_on_one_model_share_it_by_layers() -> None:
     model = mlp(3, 4, 2, dtype=torch.float64)
     first = KFAC(model, 0.1, params=list(model[0].parameters()), fisher="exact", kl_clip=None, damping=0.1)

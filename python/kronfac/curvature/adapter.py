@@ -103,8 +103,9 @@ class LayerAdapter(ABC):
     @property
     def owners(self) -> tuple[Tensor, Tensor | None]:
         """The module's parameters that weight and bias are, or are `slices` of."""
-        weight = self.module._parameters["weight"]
-        assert weight is not None
+        weight = self.module._parameters.get("weight")
+        if weight is None:
+            raise KeyError("weight")
         return weight, self.module._parameters.get("bias")
 
     @property
@@ -246,8 +247,11 @@ class LayerAdapter(ABC):
     # ------------------------------------------------------------------ the layer as a matrix
 
     def parameters(self) -> tuple[Tensor, ...]:
-        """What the adapter covers at present: weight and bias, the weight alone, or nothing when that is frozen."""
-        weight, bias = self.owners
+        """What the adapter covers now: weight and bias, the weight alone, or nothing when that is frozen or gone."""
+        try:
+            weight, bias = self.owners
+        except KeyError:  # computed from other parameters since the adapter was made: parametrize, weight_norm, pruning
+            return ()
         if not weight.requires_grad:
             return ()
         return (weight,) if bias is None or not bias.requires_grad else (weight, bias)

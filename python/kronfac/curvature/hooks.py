@@ -64,10 +64,17 @@ def in_backward() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)
 
 
+class Inert:
+    """What becomes of a hook where its module is copied or pickled: the copy is not watched."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        """Called as the hook was, or otherwise: torch.ao.quantization moves hooks to modules of another type."""
+
+
 class Hook:
     """A hook that knows its recorder and its module weakly, and works for no copy of that module.
 
-    A copied or unpickled module brings its hooks along; they are inert there.
+    A copied or unpickled module brings its hooks along, as `Inert` ones.
 
     Args:
         recorder: whom to tell.
@@ -75,23 +82,29 @@ class Hook:
         name: of the covered layer, "" for the root.
     """
 
-    def __init__(self, recorder: Recorder | None = None, module: nn.Module | None = None, name: str = "") -> None:
-        self._recorder = None if recorder is None else weakref.ref(recorder)
-        self._module = None if module is None else weakref.ref(module)
+    def __init__(self, recorder: Recorder, module: nn.Module, name: str = "") -> None:
+        self._recorder = weakref.ref(recorder)
+        self._module = weakref.ref(module)
         self._name = name
 
     def _listener(self, module: nn.Module) -> Recorder | None:
-        if self._recorder is None or self._module is None or self._module() is not module:
-            return None
-        return self._recorder()
+        return self._recorder() if self._module() is module else None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
-        """An inert hook."""
-        return type(self)()
+    def __deepcopy__(self, memo: dict[int, Any]) -> Inert:
+        """Does nothing."""
+        return Inert()
 
-    def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
-        """As an inert hook."""
-        return type(self), ()
+    def __reduce__(self) -> tuple[type[Inert], tuple[()]]:
+        """As one that does nothing."""
+        return Inert, ()
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "__name__":  # what torch.jit.script asks a hook for first; it could not translate it anyway
+            raise AttributeError(
+                "kronfac: torch.jit.script cannot translate the hooks of a model that an optimizer watches; delete the "
+                "optimizer, or script a fresh model with load_state_dict(model.state_dict())"
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
 
 # In each of them is_compiling comes first: dynamo and export then see nothing but a constant.

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from kronfac.curvature.adapter import LayerAdapter
 from kronfac.curvature.capture import Capture
+from kronfac.curvature.compiled import uncompiled
 from kronfac.curvature.forward import Call, Forward, OutputEdge, refuse_reentrant
 from kronfac.curvature.hooks import CloseHook, LayerHook, OpenHook, obstacle
 from kronfac.curvature.likelihood import Likelihood, resolve_likelihood
@@ -58,6 +59,8 @@ class Recorder:
     Attributes:
         due: whether the coming forwards are to be recorded.
         ever_recorded: whether statistics were ever taken.
+        idle: whether no forward was recorded between the last two calls of `collect`.
+        forced: whether `record` was ever used.
         generator: source of the draws.
         rows: keeps the rows that gradients are products of, once that is enabled.
 
@@ -110,18 +113,20 @@ class Recorder:
         self.generator = generator
         self.due = True
         self.ever_recorded = False
+        self.idle = self.forced = False
         self.rows = RowKeeper(self.adapters)
 
         self._output, self._mask = output, mask
         self._from_backward = fisher == "empirical"
         self._forward: Forward | None = None
         self._edges: list[tuple[str, Call, OutputEdge]] = []  # of the open forward
+        self._stance: AbstractContextManager[Any] | None = None  # in which the open forward runs uncompiled
         self._pending = Pending(adapters=self.adapters)
         self._reached: list[Forward] = []  # forwards that a backward has reached, for fisher="empirical"
         self._twice = False
         self._forced = self._update_only = self._replaced = False
         self._suspended = 0
-        self._completed = 0
+        self._completed = self._completed_before = 0
         self._obstacles: Counter[str] = Counter()
         self._parameters = [(a.module, tuple(a.module._parameters.items())) for a in self.adapters.values()]
         self._install()
@@ -142,6 +147,7 @@ class Recorder:
         self.clear()
         self.rows.take()
         self._forward = None
+        self._restore_stance()
 
     # ------------------------------------------------------------------ what the optimizer says
 
@@ -159,6 +165,7 @@ class Recorder:
         """
         pending, reached, twice = self._pending, self._reached, self._twice
         self.clear()
+        self.idle, self._completed_before = self._completed == self._completed_before, self._completed
         if twice:
             raise RuntimeError(
                 "kronfac: two backward passes went through one recorded forward; the statistics of "
@@ -208,7 +215,7 @@ class Recorder:
     @contextmanager
     def _recording(self, update_only: bool) -> Iterator[None]:
         before, completed, obstacles = (self._forced, self._update_only), self._completed, self._obstacles.copy()
-        self._forced, self._update_only = True, update_only
+        self._forced, self._update_only, self.forced = True, update_only, True
         try:
             yield
         finally:
@@ -228,21 +235,24 @@ class Recorder:
 
     def explain_missing(self) -> str:
         """Why nothing was ever recorded, for an error: what was observed, then what else it may be."""
-        observed = "".join(
-            f"; {count} forward(s) were passed over: {reason}" for reason, count in self._obstacles.items()
-        )
+        observed = self.observed()
         compiled = hasattr(self.model, "_orig_mod") or getattr(self.model, "_compiled_call_impl", None) is not None
         return (
             "kronfac: no curvature statistics were ever recorded"
             + observed
             + ("; the model is compiled" if compiled else "")
             + ". Possible causes: forward was never called on this very module (call model(x), not model.forward(x), "
-            "and not a copy or a DataParallel replica); the model was compiled, so that its hooks do not run (take the "
-            "statistics from the uncompiled module: with record_statistics(update_only=True): model(x)); it is in "
+            "and not a copy or a DataParallel replica); the model was compiled, so that its hooks do not run (hand the "
+            "result of torch.compile to KFAC, or take the statistics from the uncompiled module: "
+            "with record_statistics(update_only=True): model(x)); it is in "
             "eval mode (call model.train(), or use record_statistics()); the whole model runs under reentrant "
             "checkpointing (pass use_reentrant=False)"
             + ('; fisher="empirical" and loss.backward() was never called' if self.fisher == "empirical" else "")
         )
+
+    def observed(self) -> str:
+        """Which forwards were not recorded so far and why, as a continuation of a sentence; empty when none."""
+        return "".join(f"; {count} forward(s) were passed over: {why}" for why, count in self._obstacles.items())
 
     # ------------------------------------------------------------------ what the hooks say
 
@@ -264,6 +274,7 @@ class Recorder:
     def open(self) -> None:
         """The root's forward begins."""
         self._forward = None  # what an interrupted forward may have left
+        self._restore_stance()
         if self._suspended or not (self._forced or self.due):
             return
         reason = obstacle(self)
@@ -278,6 +289,12 @@ class Recorder:
             return
         self._forward = Forward(update_only=self._update_only)
         self._edges = []
+        self._stance = uncompiled(self.model)
+
+    def _restore_stance(self) -> None:
+        stance, self._stance = self._stance, None
+        if stance is not None:
+            stance.__exit__(None, None, None)
 
     def _owns_parameters(self) -> bool:
         return all(
@@ -326,6 +343,7 @@ class Recorder:
         forward = self._forward
         # Closed before any backward runs: under non-reentrant checkpointing that calls the layers again.
         self._forward = None
+        self._restore_stance()
         edges, self._edges = self._edges, []
         if forward is None or forward.failed:
             return

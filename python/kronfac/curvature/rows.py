@@ -120,13 +120,14 @@ class RowKeeper:
         if before is not None:
             before.drop()  # used twice since the last step: .grad may be the sum of several products
             return
+        if not adapter.parameters():
+            return
         weight = adapter.weight
         if (
             math.prod(x.shape[:-1]) > self.limits[name]
             or not (x.is_cpu and weight.is_cpu)  # elsewhere the test would make the host wait for the device
             or not (x.dtype == output.dtype == weight.dtype == adapter.factor_dtype)
             or x.is_nested
-            or not adapter.parameters()
         ):
             return
         edge = OutputEdge.of(output)

@@ -52,8 +52,7 @@ class IterateAverage:
                 value = parameter.detach().to(average_dtype(parameter), copy=True)
                 self.entries[parameter] = Averaged(value, 1)
                 continue
-            if entry.value.device != parameter.device:
-                entry.value = entry.value.to(parameter.device)
+            entry.value = entry.value.to(parameter.device, average_dtype(parameter))
             entry.count += 1
             key = entry.count, parameter.device, parameter.dtype
             values, iterates = due.setdefault(key, ([], []))

@@ -18,9 +18,12 @@ from kronfac.optim import options
 from kronfac.optim import state as checkpoint
 from kronfac.optim.averaging import IterateAverage
 from kronfac.optim.background import Background
+from kronfac.optim.copying import rebuild
 from kronfac.optim.groups import GroupedOptimizer
 from kronfac.optim.layers import Coverage, assign, check_layers, same_tensors
+from kronfac.optim.moved import follow
 from kronfac.optim.options import Schedule
+from kronfac.optim.refusals import refuse_compiled_in_place, refuse_model, refuse_parameters, refuse_replaced
 from kronfac.optim.report import Reporter
 from kronfac.optim.step import advance, unscale, world_size
 from kronfac.optim.structures import structure_for
@@ -148,10 +151,13 @@ class KFAC(GroupedOptimizer):
         grad_scaler: torch.amp.GradScaler | None = None,
         seed: int | None = None,
     ) -> None:
+        own = ("self", "__class__", "model", "params")
+        arguments = {key: value for key, value in locals().items() if key not in (*own, "own")}
         if not isinstance(model, nn.Module):
             raise TypeError(
                 f"KFAC: model: expected a torch.nn.Module, got {type(model).__name__}; pass the model itself"
             )
+        refuse_model(model)
         later = ("ekfac", "diagonal", "mini_block", "doubly_factored", "tridiagonal")
         structure = options.choice("KFAC: structure", structure, ("kfac",), later)
         solve = options.choice("KFAC: solve", solve, ("inverse", "eigen"))
@@ -165,7 +171,7 @@ class KFAC(GroupedOptimizer):
             raise TypeError(f"KFAC: grad_scaler: expected a torch.amp.GradScaler or None, got {grad_scaler!r}")
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
             raise TypeError(f"KFAC: seed: expected an integer or None, got {seed!r}")
-        self.model = model
+        self.model, self._arguments = model, arguments
         self.structure = structure_for(structure, solve)
         self.factor_decay = options.number("KFAC: factor_decay", factor_decay, high=1.0, open_high=False)
         self.fisher = options.choice("KFAC: fisher", fisher, ("mc", "exact", "empirical"))
@@ -214,6 +220,7 @@ class KFAC(GroupedOptimizer):
         super().__init__(chosen, defaults)
         self.register_state_dict_post_hook(_add_own_part)  # the first one: later hooks see the whole checkpoint
 
+        refuse_parameters(model, self.param_groups)
         self.clip_scales: list[Tensor | None] = [None] * len(self.param_groups)
         self.norm_scales: list[Tensor | None] = [None] * len(self.param_groups)
         self._coverage = Coverage([])
@@ -234,8 +241,9 @@ class KFAC(GroupedOptimizer):
         if self._recorder is None:  # under construction: the layers are assigned once all groups are there
             return
         try:
+            refuse_parameters(self.model, self.param_groups[-1:])
             self._cover()
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, RuntimeError):
             self._remove_last_group()
             raise
         self.clip_scales.append(None)
@@ -243,6 +251,7 @@ class KFAC(GroupedOptimizer):
 
     def _cover(self) -> None:
         """Assign parameters to layers and put a recorder on the model that watches exactly these."""
+        refuse_replaced(self.model, self._coverage.layers)
         coverage = assign(self.model, self.param_groups, self._coverage.layers)
         check_layers(coverage.layers, self.param_groups)
         if self._background is not None:
@@ -312,6 +321,7 @@ class KFAC(GroupedOptimizer):
         if self._background is not None:
             self._background.check(self._coverage.layers)
             self._background.raise_errors()
+        refuse_compiled_in_place(self.model)
         layers, recorder = self._coverage.layers, self._live_recorder()
         if layers and not recorder.ever_recorded and all(layer.factors is None for layer in layers):
             raise RuntimeError(recorder.explain_missing())
@@ -320,6 +330,7 @@ class KFAC(GroupedOptimizer):
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if found_inf is not None:
             found_inf = torch.as_tensor(found_inf)  # the sum over no devices, when there is no gradient, is the int 0
+        awaited = recorder.due
         pending = recorder.collect(loss_scale=self._loss_scale(scale, found_inf))
         pending.all_reduce()
         rows = recorder.rows.take()
@@ -331,6 +342,8 @@ class KFAC(GroupedOptimizer):
             same = {layer.name for layer in layers if same_tensors(layer.parameters, kept.get(layer.name, ()))}
             fresh = {name: pair for name, pair in fresh.items() if name in same}
             rows = {}
+        follow(layers, self.state, self._background)
+        self._generator = recorder.generator  # another one where the model has moved to another device
         if scale is not None:
             unscale(self.param_groups, scale)
         outcome = advance(
@@ -355,6 +368,8 @@ class KFAC(GroupedOptimizer):
             self.clip_scales, self.norm_scales = outcome.clip_scales, outcome.norm_scales
         else:
             self._counters["skipped_steps"] += 1
+        if awaited and not fresh and outcome.applied and recorder.idle and not recorder.forced:
+            self._reporter.stale(layers, recorder.observed())
         self._announce_due()
         if outcome.applied or found_inf is None:  # GradScaler probes for overflow on purpose
             self._reporter.outcome(outcome, self.model, self._parameters())
@@ -513,10 +528,15 @@ class KFAC(GroupedOptimizer):
         check_layers(self._coverage.layers, self.param_groups)
         self._announce_due()
 
-    def __getstate__(self) -> NoReturn:
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For copy.deepcopy and pickle: a copy watches the copied model and continues exactly. Copy between steps."""
+        groups = [{**group, **schedules} for group, schedules in zip(self.param_groups, self._schedules, strict=True)]
+        return rebuild, (type(self), self.model, groups, self._arguments, self.state_dict(), self._reporter.said)
+
+    def __copy__(self) -> NoReturn:
         raise TypeError(
-            "KFAC: an optimizer that watches a model cannot be copied or pickled; make one for the copied model and "
-            "hand over state_dict()"
+            "KFAC: a shallow copy would be a second optimizer of the same parameters; use copy.deepcopy((model, "
+            "optimizer)), whose optimizer watches the copied model"
         )
 
     def __repr__(self) -> str:

@@ -8,20 +8,35 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from kronfac.optim.layers import Layer
 from kronfac.optim.step import Outcome
 
 
 class Reporter:
-    """Warns once per occasion."""
+    """Warns once per occasion.
+
+    Attributes:
+        said: the occasions so far.
+    """
 
     def __init__(self) -> None:
-        self._said: set[str] = set()
+        self.said: set[str] = set()
 
     def once(self, key: str, text: str) -> None:
         """Warn with `text` unless something was said under `key` before."""
-        if key not in self._said:
-            self._said.add(key)
+        if key not in self.said:
+            self.said.add(key)
             warnings.warn(text, UserWarning, stacklevel=_callers_level())
+
+    def stale(self, layers: Sequence[Layer], observed: str) -> None:
+        """Warn that statistics were due, that no forward was recorded, and that there were gradients all the same."""
+        if any(all(p.grad is not None for p in layer.parameters) for layer in layers):
+            self.once(
+                "stale",
+                "KFAC: statistics were due at this step, but no forward of the model was recorded since the last one"
+                f"{observed}. The last statistics are used until some arrive: call the module that KFAC was made for, "
+                "in train mode, or use record_statistics() (this is said once)",
+            )
 
     def outcome(self, outcome: Outcome, model: nn.Module, parameters: Sequence[Tensor]) -> None:
         """Warn of what went wrong in a step: values that are not finite, inverses that failed, missing statistics."""
