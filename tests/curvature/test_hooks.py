@@ -99,7 +99,7 @@ def test_a_deepcopy_does_not_keep_the_recorder_alive(x: Tensor) -> None:
     for module in other.modules():
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
             assert recorder not in vars(hook).values()
-            assert vars(hook)["_recorder"] is None
+            assert vars(hook).get("_recorder") is None
     del recorder
     assert dead() is None
     other(x)

@@ -152,7 +152,7 @@ def test_hooks_of_a_copy_bear_other_arguments() -> None:
 def test_a_watched_model_cannot_be_scripted_and_says_why() -> None:
     model = mlp(3, 4, 2)
     optimizer = KFAC(model, 0.1)
-    with pytest.raises(AttributeError, match="torch.jit.script cannot translate the hooks"):
+    with pytest.raises(AttributeError, match=r"torch\.jit\.script cannot translate the hooks"):
         torch.jit.script(model)
     del optimizer
     gc.collect()

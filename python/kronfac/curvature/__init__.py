@@ -7,6 +7,7 @@ from kronfac.curvature.attention import ProjectionAdapter
 from kronfac.curvature.conv import ConvAdapter
 from kronfac.curvature.conv_transpose import ConvTransposeAdapter
 from kronfac.curvature.embedding import EmbeddingAdapter
+from kronfac.curvature.extra import ExtraStatistic
 from kronfac.curvature.factors import factors
 from kronfac.curvature.hooks import unrecorded
 from kronfac.curvature.likelihood import Bernoulli, Categorical, Gaussian, Likelihood, resolve_likelihood
@@ -23,6 +24,7 @@ __all__ = [
     "ConvAdapter",
     "ConvTransposeAdapter",
     "EmbeddingAdapter",
+    "ExtraStatistic",
     "Gaussian",
     "GradientRows",
     "KroneckerFactors",

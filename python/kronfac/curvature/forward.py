@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from kronfac.curvature.adapter import LayerAdapter
+from kronfac.curvature.extra import ExtraStatistic
 from kronfac.curvature.statistics import LayerStatistics
 
 _REENTRANT = "CheckpointFunctionBackward"
@@ -70,12 +71,14 @@ class Call:
     Attributes:
         adapter: of the layer.
         shape: of the output.
-        x: the input, kept until the mask is known, or for as long as the call where the adapter says so.
+        x: the input, kept until the mask is known, or for as long as the call where the adapter or a further statistic
+            needs it.
         version: of the input when it was remembered.
         mask: the positions that count, None for all.
         resolved: whether the input statistics were taken.
         reduced: whether the layer's statistics are one row per example.
         flipped: whether the examples are the second dimension of what the layer sees.
+        extra: further statistics to take of it, by name.
     """
 
     adapter: LayerAdapter
@@ -86,6 +89,18 @@ class Call:
     resolved: bool = False
     reduced: bool = False
     flipped: bool = False
+    extra: Mapping[str, ExtraStatistic] = field(default_factory=dict)
+
+    @property
+    def keeps_input(self) -> bool:
+        """Whether the input is needed together with the gradient."""
+        return self.adapter.keeps_input or any(statistic.keeps_input for statistic in self.extra.values())
+
+    @property
+    def inputs(self) -> Tensor:
+        """What the layer saw, examples first; only of a call that `keeps_input`."""
+        assert self.x is not None
+        return self.x.transpose(0, 1) if self.flipped else self.x
 
     def input_statistics(self, out: Tensor | None, x: Tensor, mask: Tensor | None) -> Tensor:
         """Add the call's input statistics, the user's mask being known."""
@@ -93,14 +108,12 @@ class Call:
         self.mask, self.resolved = self.adapter.restrict(mask, x), True
         return self.adapter.input_statistics(out, x, self.mask)
 
-    def output_statistics(self, out: Tensor | None, g: Tensor, scale: float) -> Tensor:
-        """Add the output statistics of a gradient at the call's output."""
+    def layer_gradient(self, g: Tensor) -> Tensor:
+        """What the statistics are taken of, examples first, given the gradient at the call's output."""
         if self.adapter.keeps_input:
             assert self.x is not None
             g = self.adapter.layer_gradient(g, self.x)
-        if self.flipped:
-            g = g.transpose(0, 1)
-        return self.adapter.output_statistics(out, g, self.mask, scale)
+        return g.transpose(0, 1) if self.flipped else g
 
 
 @dataclass
@@ -112,6 +125,8 @@ class Forward:
         calls: of each covered layer.
         A_sums: input statistics by layer.
         G_sums: output statistics by layer, of the layers that a gradient has reached.
+        extra_sums: further statistics by layer and name, likewise.
+        watched: the further statistics of each layer that are wanted, by name.
         ungraphed: layers that ran without a graph.
         mask: terms that count, None for all.
         terms: M, once the forward is complete.
@@ -125,6 +140,8 @@ class Forward:
     calls: dict[str, list[Call]] = field(default_factory=dict)
     A_sums: dict[str, Tensor] = field(default_factory=dict)
     G_sums: dict[str, Tensor] = field(default_factory=dict)
+    extra_sums: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    watched: Mapping[str, Mapping[str, ExtraStatistic]] = field(default_factory=dict)
     ungraphed: list[str] = field(default_factory=list)
     mask: Tensor | None = None
     terms: float = 0
@@ -150,8 +167,10 @@ class Forward:
             defer: keep the input until `resolve`, which also happens where the adapter keeps it.
         """
         call = Call(adapter, shape, reduced=adapter.reduces)
+        if self.watched.get(name):
+            call.extra = {key: some for key, some in self.watched[name].items() if some.available}
         x = x.detach()
-        if defer or adapter.keeps_input:
+        if defer or call.keeps_input:
             call.x, call.version = x, x._version
         if not (defer or adapter.keeps_input):
             self.A_sums[name] = call.input_statistics(self.A_sums.get(name), x, None)
@@ -168,7 +187,7 @@ class Forward:
         for name, calls in self.calls.items():
             for call in calls:
                 self._find_examples(name, call)
-                if call.resolved or call.x is None:
+                if call.x is None:
                     continue
                 if call.x._version != call.version:
                     raise RuntimeError(
@@ -176,8 +195,9 @@ class Forward:
                         "with mask=, and for a layer whose gradient depends on it, it is needed until the end of the "
                         "forward; make that operation out-of-place (inplace=False)"
                     )
-                self.A_sums[name] = call.input_statistics(self.A_sums.get(name), call.x, self.mask)
-                if not call.adapter.keeps_input:
+                if not call.resolved:
+                    self.A_sums[name] = call.input_statistics(self.A_sums.get(name), call.x, self.mask)
+                if not call.keeps_input:
                     call.x = None
 
     def _find_examples(self, name: str, call: Call) -> None:
@@ -196,7 +216,12 @@ class Forward:
 
     def add_gradient(self, name: str, call: Call, g: Tensor, scale: float = 1.0) -> None:
         """Take the output statistics of a gradient at a layer's output."""
-        self.G_sums[name] = call.output_statistics(self.G_sums.get(name), g, scale)
+        g = call.layer_gradient(g)
+        self.G_sums[name] = call.adapter.output_statistics(self.G_sums.get(name), g, call.mask, scale)
+        if call.extra:
+            sums = self.extra_sums.setdefault(name, {})
+            for key, statistic in call.extra.items():
+                sums[key] = statistic.add(sums.get(key), call, g, scale)
 
     def statistics(self) -> dict[str, LayerStatistics]:
         """Sums of the layers that a gradient has reached. The others did not influence the output: as if unused."""
@@ -206,6 +231,7 @@ class Forward:
                 g,
                 sum(call.adapter.positions(call.shape, call.mask) for call in self.calls[name]),
                 self.calls[name][0].reduced,
+                self.extra_sums.get(name, {}),
             )
             for name, g in self.G_sums.items()
         }

@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from kronfac.curvature.adapter import LayerAdapter
 from kronfac.curvature.capture import Capture
 from kronfac.curvature.compiled import uncompiled
+from kronfac.curvature.extra import ExtraStatistic
 from kronfac.curvature.forward import Call, Forward, OutputEdge, refuse_reentrant
 from kronfac.curvature.hooks import CloseHook, LayerHook, OpenHook, obstacle
 from kronfac.curvature.likelihood import Likelihood, resolve_likelihood
@@ -54,6 +55,7 @@ class Recorder:
         sharing: "expand": shared positions count as separate examples; "reduce": inputs are averaged and gradients
             summed over the positions of an example (Eschenhagen et al., arXiv:2311.00636); None leaves the adapters as
             they are.
+        extra: further statistics to take of some layers, by layer name and name.
         generator: source of the draws on the output's device; a new one seeded with 0 when None.
 
     Attributes:
@@ -81,6 +83,7 @@ class Recorder:
         fisher_samples: int = 1,
         reduction: str = "mean",
         sharing: str | None = "expand",
+        extra: Mapping[str, Mapping[str, ExtraStatistic]] | None = None,
         generator: Generator | None = None,
     ) -> None:
         for name, value, known in (
@@ -101,6 +104,7 @@ class Recorder:
         # Inside DDP's own forward sit autograd functions that must run once per step; its inner module has none.
         self.model: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
         self.adapters = dict(adapters)
+        self.extra = {name: dict((extra or {}).get(name, {})) for name in self.adapters}
         self.likelihood = resolve_likelihood(likelihood)
         self.fisher, self.fisher_samples = fisher, fisher_samples
         self.reduction = reduction
@@ -121,7 +125,7 @@ class Recorder:
         self._forward: Forward | None = None
         self._edges: list[tuple[str, Call, OutputEdge]] = []  # of the open forward
         self._stance: AbstractContextManager[Any] | None = None  # in which the open forward runs uncompiled
-        self._pending = Pending(adapters=self.adapters)
+        self._pending = self._nothing()
         self._reached: list[Forward] = []  # forwards that a backward has reached, for fisher="empirical"
         self._twice = False
         self._forced = self._update_only = self._replaced = False
@@ -178,19 +182,24 @@ class Recorder:
             scale = (terms if self.reduction == "mean" else 1.0) / loss_scale
             for forward in reached:
                 layers = forward.statistics()
-                for statistics in layers.values():
+                for name, statistics in layers.items():
                     statistics.G_sum.mul_(scale * scale)
+                    for key, total in statistics.extra.items():
+                        total.mul_(scale ** self.extra[name][key].degree)
                 pending.add(layers, forward.terms, forward.examples)
         return pending
 
     def clear(self) -> None:
         """Drop what is pending."""
-        self._pending = Pending(adapters=self.adapters)
+        self._pending = self._nothing()
         for forward in self._reached:
             forward.collected = True
         self._reached = []
         self._twice = False
         self._replaced = False
+
+    def _nothing(self) -> Pending:
+        return Pending(adapters=self.adapters, watched=self.extra)
 
     def record(self, update_only: bool = False) -> AbstractContextManager[None]:
         """Record the forwards inside the context whatever the model's mode and `due`.
@@ -287,7 +296,7 @@ class Recorder:
         if reason is not None:
             self._obstacles[reason] += 1
             return
-        self._forward = Forward(update_only=self._update_only)
+        self._forward = Forward(update_only=self._update_only, watched=self.extra)
         self._edges = []
         self._stance = uncompiled(self.model)
 
@@ -372,7 +381,7 @@ class Recorder:
                 return
             self._differentiate(forward, logits, edges)
         if forward.update_only and not self._replaced:
-            self._pending = Pending(adapters=self.adapters)
+            self._pending = self._nothing()
             self._replaced = True
         self._pending.add(forward.statistics(), forward.terms, forward.examples)
         self.ever_recorded = True

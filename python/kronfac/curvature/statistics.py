@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, distributed
 
 from kronfac.curvature.adapter import LayerAdapter
+from kronfac.curvature.extra import ExtraStatistic
 
 
 class KroneckerFactors(NamedTuple):
@@ -37,12 +38,14 @@ class ScaledSums:
         G_sum: Σ g gᵀ, likewise.
         A_scale: 1/M, or 1/R where whole examples count.
         G_scale: 1/R, or 1/M.
+        extra: further sums by name, each with its scale.
     """
 
     A_sum: Tensor
     G_sum: Tensor
     A_scale: float
     G_scale: float
+    extra: Mapping[str, tuple[Tensor, float]] = field(default_factory=dict)
 
 
 @dataclass
@@ -55,12 +58,14 @@ class LayerStatistics:
             fisher="mc".
         positions: how many shared positions, R.
         reduced: whether the rows are those of whole examples (sharing="reduce"); `positions` counts these then.
+        extra: further sums by name, see `ExtraStatistic`.
     """
 
     A_sum: Tensor
     G_sum: Tensor
     positions: float
     reduced: bool = False
+    extra: dict[str, Tensor] = field(default_factory=dict)
 
     def counts(self, terms: float) -> tuple[float, float]:
         """What to divide A_sum and G_sum by, for a loss averaged over `terms` terms."""
@@ -71,6 +76,8 @@ class LayerStatistics:
         self.A_sum.add_(other.A_sum)
         self.G_sum.add_(other.G_sum)
         self.positions += other.positions
+        # What was not taken of all examples says nothing about their mean.
+        self.extra = {name: total.add_(other.extra[name]) for name, total in self.extra.items() if name in other.extra}
 
 
 @dataclass
@@ -82,12 +89,14 @@ class Pending:
         terms: how many terms a mean-reduced loss averages over, M.
         examples: how many examples were seen.
         adapters: of all layers that are watched, in the order in which process groups exchange them.
+        watched: the further statistics of each layer, by layer name and name.
     """
 
     layers: dict[str, LayerStatistics] = field(default_factory=dict)
     terms: float = 0
     examples: float = 0
     adapters: Mapping[str, LayerAdapter] = field(default_factory=dict, repr=False)
+    watched: Mapping[str, Mapping[str, ExtraStatistic]] = field(default_factory=dict, repr=False)
 
     def add(self, layers: Mapping[str, LayerStatistics], terms: float, examples: float) -> None:
         """Add the sums of one forward; the tensors may be taken over.
@@ -122,9 +131,13 @@ class Pending:
     def scaled_sums(self) -> dict[str, ScaledSums]:
         """What `factors` returns, by layer name, with the multiplication left to the caller."""
         return {
-            name: ScaledSums(layer.A_sum, layer.G_sum, 1 / inputs, 1 / outputs)
+            name: ScaledSums(layer.A_sum, layer.G_sum, 1 / inputs, 1 / outputs, self._extra(name, layer))
             for name, layer, inputs, outputs in self._recorded()
         }
+
+    def _extra(self, name: str, layer: LayerStatistics) -> dict[str, tuple[Tensor, float]]:
+        counts = {"terms": self.terms, "positions": layer.positions}
+        return {key: (total, 1 / counts[self.watched[name][key].per]) for key, total in layer.extra.items()}
 
     def _recorded(self) -> Iterator[tuple[str, LayerStatistics, float, float]]:
         """Layers that saw anything: name, sums, and what A and G are divided by."""
@@ -136,6 +149,7 @@ class Pending:
         """Whether no sum holds NaN or infinity. One host synchronisation."""
         # A non-finite entry of a row reaches the diagonal, a sum of squares, of its second moment: the traces tell.
         traces = [diagonal(t).sum() for s in self.layers.values() for t in (s.A_sum, s.G_sum)]
+        traces += [t.sum(dtype=torch.float64) for s in self.layers.values() for t in s.extra.values()]
         if not traces:
             return True
         home = traces[0].device
@@ -154,18 +168,22 @@ class Pending:
         empty = LayerStatistics(torch.empty(0), torch.empty(0), 0)
         entries = [self.layers.get(name, empty) for name in self.adapters]
         home = next(iter(self.adapters.values())).weight.device
+        watched = [(name, key) for name, some in self.watched.items() for key in some]
         counts = torch.tensor(
             [
                 self.terms,
                 self.examples,
                 *(e.positions for e in entries),
                 *(float(n in self.layers) for n in self.adapters),
+                *(float(n in self.layers and key not in self.layers[n].extra) for n, key in watched),
             ],
             dtype=torch.float64,
         ).to(home)
         distributed.all_reduce(counts)
         self.terms, self.examples, *rest = counts.tolist()
-        positions, holders = rest[: len(entries)], rest[len(entries) :]
+        positions, holders, gaps = rest[: len(entries)], rest[len(entries) : 2 * len(entries)], rest[2 * len(entries) :]
+        # Ranks that did not see a layer have zeros of it; one that saw it without the statistic spoils the mean.
+        partial = {pair for pair, ranks in zip(watched, gaps, strict=True) if ranks > 0}
 
         # Only the layers that some rank has; all ranks know these now, so the buffers agree.
         names = [name for name, ranks in zip(self.adapters, holders, strict=True) if ranks > 0]
@@ -175,8 +193,14 @@ class Pending:
                 continue
             if name not in self.layers:
                 self.layers[name] = _zeros(self.adapters[name])
-            self.layers[name].positions = count
-            for tensor in (self.layers[name].A_sum, self.layers[name].G_sum):
+            layer, adapter = self.layers[name], self.adapters[name]
+            layer.positions = count
+            layer.extra = {
+                key: layer.extra[key] if key in layer.extra else _empty(statistic.shape, adapter)
+                for key, statistic in self.watched.get(name, {}).items()
+                if (name, key) not in partial
+            }
+            for tensor in (layer.A_sum, layer.G_sum, *layer.extra.values()):
                 buffers.setdefault((tensor.device, tensor.dtype), []).append(tensor)
         for tensors in buffers.values():
             flat = torch.cat([tensor.flatten() for tensor in tensors])
@@ -187,9 +211,12 @@ class Pending:
 
 
 def _zeros(adapter: LayerAdapter) -> LayerStatistics:
-    dtype, device = adapter.factor_dtype, adapter.weight.device
-    A, G = (torch.zeros(shape, dtype=dtype, device=device) for shape in adapter.factor_shapes)
+    A, G = (_empty(shape, adapter) for shape in adapter.factor_shapes)
     return LayerStatistics(A, G, 0, adapter.reduces)
+
+
+def _empty(shape: tuple[int, ...], adapter: LayerAdapter) -> Tensor:
+    return torch.zeros(shape, dtype=adapter.factor_dtype, device=adapter.weight.device)
 
 
 def diagonal(factor: Tensor) -> Tensor:

@@ -16,10 +16,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from kronfac.curvature import KroneckerFactors
 from kronfac.optim.layers import Layer
 from kronfac.optim.refresh import factorise
-from kronfac.optim.structures import Factorisation, Structures
+from kronfac.optim.structures import Averages, Factorisation, Structures
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,7 @@ class Background:
         step: int,
         structure: Structures,
         layers: Sequence[Layer],
-        factors: Sequence[KroneckerFactors],
+        factors: Sequence[Averages],
         damping: Sequence[float],
     ) -> None:
         """Ask for inverses.
@@ -204,7 +203,7 @@ class _Job:
 
     structure: Structures
     layers: list[Layer]
-    factors: list[KroneckerFactors]
+    factors: list[Averages]
     damping: list[float]
 
 

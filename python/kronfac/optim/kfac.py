@@ -252,7 +252,7 @@ class KFAC(GroupedOptimizer):
     def _cover(self) -> None:
         """Assign parameters to layers and put a recorder on the model that watches exactly these."""
         refuse_replaced(self.model, self._coverage.layers)
-        coverage = assign(self.model, self.param_groups, self._coverage.layers)
+        coverage = assign(self.model, self.param_groups, self.structure, self._coverage.layers)
         check_layers(coverage.layers, self.param_groups)
         if self._background is not None:
             self._background.check(coverage.layers)
@@ -262,6 +262,7 @@ class KFAC(GroupedOptimizer):
         recorder = Recorder(
             self.model,
             {layer.name: layer.adapter for layer in coverage.layers},
+            extra={layer.name: layer.statistics for layer in coverage.layers},
             generator=self._generator,
             **self._recording,
         )
@@ -407,6 +408,9 @@ class KFAC(GroupedOptimizer):
         due = any(step % period == 0 for period in self._upcoming("factor_every", step))
         recorder = self._live_recorder()
         recorder.due = due or self._eager
+        for layer in self._coverage.layers:
+            if layer.statistics:
+                self.structure.by_block[layer.block].renew(layer.statistics, layer.factorisation)
         # No use for rows that cannot form .grad at the step: decayed, scaled or summed over processes.
         recorder.rows.enabled = (
             self.structure.by_rows

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kronfac.curvature import KroneckerFactors, LayerAdapter, find_layers
+from kronfac.curvature import ExtraStatistic, LayerAdapter, find_layers
 from kronfac.curvature.adapter import Block
 from kronfac.curvature.sharing import set_sharing
-from kronfac.optim.structures import Factorisation
+from kronfac.optim.structures import Averages, Factorisation, Structures
 
 _NAMED_IN_WARNING = 30
 _ONE_VALUE_PER_LAYER = ("damping", "kl_clip", "norm_constraint", "factor_every", "inverse_every", "sharing")
@@ -31,16 +31,18 @@ class Layer:
         updates: how many statistics entered the averages.
         factorisation: the newest good one, None before the first.
         made: the step whose factors are in it.
+        statistics: the further statistics that the structure takes of the layer, by name.
     """
 
     name: str
     adapter: LayerAdapter
     parameters: tuple[Tensor, ...]
     groups: tuple[int, ...]
-    factors: KroneckerFactors | None = None
+    factors: Averages | None = None
     updates: int = 0
     factorisation: Factorisation | None = None
     made: int | None = None
+    statistics: Mapping[str, ExtraStatistic] = field(default_factory=dict)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -91,12 +93,18 @@ class Coverage:
         )
 
 
-def assign(model: nn.Module, groups: Sequence[Mapping[str, Any]], previous: Sequence[Layer] = ()) -> Coverage:
+def assign(
+    model: nn.Module,
+    groups: Sequence[Mapping[str, Any]],
+    structure: Structures,
+    previous: Sequence[Layer] = (),
+) -> Coverage:
     """Divide the parameters of `groups` into covered layers and the rest.
 
     Args:
         model: the module whose layers are looked at.
         groups: the optimizer's param groups.
+        structure: decides which further statistics are taken of a layer.
         previous: layers of an earlier division; what they hold is taken over where nothing about the layer changed.
 
     Returns:
@@ -127,6 +135,7 @@ def assign(model: nn.Module, groups: Sequence[Mapping[str, Any]], previous: Sequ
                 "is missing; its curvature couples them. Add it to params, or freeze it with requires_grad_(False)"
             )
         layer = Layer(name, adapter, parameters, tuple(group_of[id(p)] for p in parameters))
+        layer.statistics = structure.statistics(adapter)
         before = known.get(name)
         if before is not None and same_tensors(before.parameters, parameters):
             layer.factors, layer.updates, layer.factorisation = before.factors, before.updates, before.factorisation

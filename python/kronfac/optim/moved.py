@@ -8,10 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kronfac.curvature import KroneckerFactors
 from kronfac.optim.background import Background
 from kronfac.optim.layers import Layer
-from kronfac.optim.structures import Factorisation
+from kronfac.optim.structures import Averages, Factorisation
 from kronfac.optim.update import MOMENTUM
 
 
@@ -30,7 +29,10 @@ def follow(
         if layer.factors is None or _fits(layer.factors.A, layer.device, layer.dtype):
             continue
         moved[layer.name] = layer
-        layer.factors = KroneckerFactors(*(factor.to(layer.device, layer.dtype) for factor in layer.factors))
+        A, G, extra = layer.factors
+        layer.factors = Averages(
+            A.to(layer.device, layer.dtype), G.to(layer.device, layer.dtype), _moved(dict(extra), layer)
+        )
         if layer.factorisation is not None:
             layer.factorisation = _moved(layer.factorisation, layer)
     if moved and background is not None:

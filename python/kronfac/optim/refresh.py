@@ -9,11 +9,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from kronfac.curvature import GradientRows, KroneckerFactors, ScaledSums
+from kronfac.curvature import GradientRows, ScaledSums
 from kronfac.curvature.adapter import Block
 from kronfac.curvature.statistics import diagonal
 from kronfac.optim.layers import Layer
-from kronfac.optim.structures import Factorisation, Structures
+from kronfac.optim.structures import Averages, Factorisation, Structures
 
 _T = TypeVar("_T")
 _SMALL = 4096  # elements; the passes over smaller tensors cost less together than the calls
@@ -28,7 +28,7 @@ class Average:
         updates: how many statistics are in them.
     """
 
-    factors: KroneckerFactors
+    factors: Averages
     updates: int
 
 
@@ -65,15 +65,35 @@ def average(layers: Sequence[Layer], fresh: Mapping[str, ScaledSums], factor_dec
         decay = 0.0 if layer.factors is None else min(1 - 1 / updates, factor_decay)
         A = new.A_sum.to(layer.dtype).mul_((1 - decay) * new.A_scale)
         G = new.G_sum.to(layer.dtype).mul_((1 - decay) * new.G_scale)
+        before: Mapping[str, Tensor] = {}
         if layer.factors is not None:
             A.add_(layer.factors.A, alpha=decay)
             G.add_(layer.factors.G, alpha=decay)
-        result[layer.name] = Average(KroneckerFactors(A, G), updates)
+            before = layer.factors.extra
+        extra = dict(before)
+        for key, (total, scale) in new.extra.items():
+            started = key in before
+            extra[key] = total.to(layer.dtype).mul_(((1 - decay) if started else 1.0) * scale)
+            if started:
+                extra[key].add_(before[key], alpha=decay)
+        result[layer.name] = Average(Averages(A, G, extra), updates)
+    return result
+
+
+def carry(
+    structure: Structures, layers: Sequence[Layer], factors: Sequence[Averages], inverses: Mapping[str, Factorisation]
+) -> dict[str, Averages]:
+    """The averages of layers with further statistics in terms of the factorisations that replace theirs, by name."""
+    result = {}
+    for layer, some in zip(layers, factors, strict=True):
+        if layer.statistics and layer.name in inverses:
+            own = structure.by_block[layer.block]
+            result[layer.name] = some._replace(extra=own.carry(some, layer.factorisation, inverses[layer.name]))
     return result
 
 
 def factorise(
-    structure: Structures, layers: Sequence[Layer], factors: Sequence[KroneckerFactors], damping: Sequence[float]
+    structure: Structures, layers: Sequence[Layer], factors: Sequence[Averages], damping: Sequence[float]
 ) -> tuple[list[Factorisation | None], int]:
     """Factorise several layers, one call per kind of block, dtype and device; returns (factorisations, retries)."""
     values: list[Factorisation | None] = [None] * len(layers)
@@ -156,9 +176,11 @@ def all_finite(tensors: Iterable[Tensor]) -> list[Tensor]:
 def sums_finite(fresh: Iterable[ScaledSums]) -> list[Tensor]:
     """Whether fresh statistics are finite: one bool tensor () per dtype and device, without host synchronisation."""
     # A non-finite entry of a row reaches the diagonal, a sum of squares, of its second moment; it is all that is read.
+    fresh = list(fresh)
     diagonals = [diagonal(factor) for sums in fresh for factor in (sums.A_sum, sums.G_sum)]
     buckets = _buckets((some.dtype, some.device) for some in diagonals)
-    return [torch.cat([diagonals[i] for i in chosen]).isfinite().all() for chosen in buckets]
+    flags = [torch.cat([diagonals[i] for i in chosen]).isfinite().all() for chosen in buckets]
+    return flags + all_finite(total for sums in fresh for total, _ in sums.extra.values())
 
 
 def _buckets(keys: Iterable[_T]) -> list[list[int]]:

@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kronfac.curvature import KroneckerFactors
 from kronfac.optim.averaging import Averaged, IterateAverage, average_dtype
 from kronfac.optim.background import Background, Finished
 from kronfac.optim.layers import Layer
 from kronfac.optim.options import GROUP_OPTIONS, check_group
-from kronfac.optim.structures import Factorisation, Structures
+from kronfac.optim.structures import Averages, Factorisation, Structures
 from kronfac.optim.update import MOMENTUM
 
 KEY = "kronfac"
@@ -31,7 +30,7 @@ _WHERE = "KFAC.load_state_dict"
 class LayerState:
     """What a checkpoint says of one layer, already on the layer's device."""
 
-    factors: KroneckerFactors
+    factors: Averages
     updates: int
     factorisation: Factorisation | None
     made: int | None = None
@@ -93,6 +92,7 @@ def pack(
             layer.name: {
                 "A": layer.factors.A,
                 "G": layer.factors.G,
+                "extra": dict(layer.factors.extra),
                 "updates": layer.updates,
                 "factorisation": None if layer.factorisation is None else dict(layer.factorisation),
                 "made": layer.made,
@@ -192,11 +192,12 @@ def _layers(value: object, layers: Sequence[Layer], structure: Structures) -> di
     result = {}
     for name, entry in saved.items():
         layer, where = known[name], f"{KEY}.layers.{name}"
-        fields = _mapping(where, entry, ("A", "G", "updates", "factorisation", "made"))
+        fields = _mapping(where, entry, ("A", "G", "extra", "updates", "factorisation", "made"))
         A, G = layer.adapter.factor_shapes
-        factors = KroneckerFactors(
+        factors = Averages(
             A=_tensor(f"{where}.A", fields["A"], A, layer),
             G=_tensor(f"{where}.G", fields["G"], G, layer),
+            extra=_extra(f"{where}.extra", fields["extra"], layer, whole=fields["factorisation"] is not None),
         )
         factorisation = None
         if fields["factorisation"] is not None:
@@ -239,6 +240,17 @@ def _pending(
             values[name] = None if tensors is None else _factorisation(within, tensors, known[name], structure)
         result.append(Finished(made, values, _integer(f"{where}.retries", fields["retries"])))
     return result
+
+
+def _extra(where: str, value: object, layer: Layer, *, whole: bool) -> dict[str, Tensor]:
+    """The further averages; with `whole` none of them may be missing."""
+    tensors = _mapping(where, value, tuple(layer.statistics) if whole else ())
+    foreign = [key for key in tensors if key not in layer.statistics]
+    if foreign:
+        raise ValueError(f"{_WHERE}: {where}: expected keys among {sorted(layer.statistics)}, got {foreign[0]!r}")
+    return {
+        key: _tensor(f"{where}.{key}", tensor, layer.statistics[key].shape, layer) for key, tensor in tensors.items()
+    }
 
 
 def _groups(value: object, groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

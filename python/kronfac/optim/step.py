@@ -19,11 +19,12 @@ from kronfac.optim.refresh import (
     Preconditioned,
     all_finite,
     average,
+    carry,
     factorise,
     precondition,
     sums_finite,
 )
-from kronfac.optim.structures import Factorisation, Structures
+from kronfac.optim.structures import Averages, Factorisation, Structures
 from kronfac.optim.update import add_weight_decay, apply_update, kl_scales, norm_scales
 
 Groups = Sequence[Mapping[str, Any]]
@@ -101,7 +102,7 @@ def advance(
     if not agree([*flags, *own.finite(groups)], home):
         return Outcome(applied=False)
 
-    commit(layers, averages, own.inverses, step, arrived.made)
+    commit(layers, own, step, arrived.made)
     if background is not None:
         background.retire(step)
         snapshot = [layer.factors for layer in later if layer.factors is not None]
@@ -118,6 +119,8 @@ class Proposal:
     """Inverses and preconditioned gradients that no layer holds yet.
 
     Attributes:
+        factors: the newest running averages of every layer that has any, by layer name.
+        updates: how many statistics are in those that are new, by layer name.
         inverses: the new ones, by layer name.
         retries: factors that needed more damping than asked for.
         failures: layers that could not be inverted at all.
@@ -126,6 +129,8 @@ class Proposal:
         bare: names of layers with gradients but no statistics so far.
     """
 
+    factors: dict[str, Averages]
+    updates: dict[str, int]
     inverses: dict[str, Factorisation]
     retries: int
     failures: int
@@ -164,15 +169,19 @@ def propose(
         rows: by layer name, what may form the layer's gradient.
         arrived: inverses made beforehand for this step, by layer name.
     """
+    newest = {layer.name: layer.factors for layer in layers if layer.factors is not None}
+    newest.update((name, some.factors) for name, some in averages.items())
     inverses: dict[str, Factorisation] = {}
     retries = 0
     if due:
-        newest = [averages[layer.name].factors if layer.name in averages else layer.factors for layer in due]
-        factors = [pair for pair in newest if pair is not None]
-        values, retries = factorise(structure, due, factors, [damping(layer) for layer in due])
+        values, retries = factorise(
+            structure, due, [newest[layer.name] for layer in due], [damping(layer) for layer in due]
+        )
         inverses = {layer.name: value for layer, value in zip(due, values, strict=True) if value is not None}
     failures = len(due) - len(inverses)
     inverses.update(arrived)
+    renewed = [layer for layer in layers if layer.name in inverses]
+    newest.update(carry(structure, renewed, [newest[layer.name] for layer in renewed], inverses))
 
     active = [layer for layer in layers if all(p.grad is not None for p in layer.parameters)]
     ready: list[Layer] = []
@@ -181,7 +190,7 @@ def propose(
         factorisation = inverses.get(layer.name, layer.factorisation)
         if factorisation is not None:
             ready.append(layer)
-            current.append(factorisation)
+            current.append({**factorisation, **newest[layer.name].extra} if layer.statistics else factorisation)
     done = precondition(
         structure,
         [layer.block for layer in ready],
@@ -191,30 +200,24 @@ def propose(
         [None if rows is None or any(l2(groups[i]) for i in layer.groups) else rows.get(layer.name) for layer in ready],
     )
     bare = tuple(layer.name for layer in active if layer.factors is None and layer.name not in averages)
-    return Proposal(inverses, retries, failures, ready, done, bare)
+    updates = {name: some.updates for name, some in averages.items()}
+    return Proposal(newest, updates, inverses, retries, failures, ready, done, bare)
 
 
-def commit(
-    layers: Iterable[Layer],
-    averages: Mapping[str, Average],
-    inverses: Mapping[str, Factorisation],
-    step: int,
-    made: Mapping[str, int] = MappingProxyType({}),
-) -> None:
-    """Hand new averages and inverses over to the layers.
+def commit(layers: Iterable[Layer], own: Proposal, step: int, made: Mapping[str, int] = MappingProxyType({})) -> None:
+    """Hand the averages and inverses of a proposal over to the layers.
 
     Args:
         layers: the covered layers.
-        averages: new ones, by layer name.
-        inverses: new ones, by layer name.
+        own: what was proposed.
         step: of this step.
         made: the step that inverses belong to which were asked for earlier, by layer name.
     """
     for layer in layers:
-        if layer.name in averages:
-            layer.factors, layer.updates = averages[layer.name].factors, averages[layer.name].updates
-        if layer.name in inverses:
-            layer.factorisation, layer.made = inverses[layer.name], made.get(layer.name, step)
+        layer.factors = own.factors.get(layer.name)
+        layer.updates = own.updates.get(layer.name, layer.updates)
+        if layer.name in own.inverses:
+            layer.factorisation, layer.made = own.inverses[layer.name], made.get(layer.name, step)
 
 
 def unscale(groups: Groups, scale: Tensor) -> None:

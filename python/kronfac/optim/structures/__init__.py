@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from kronfac.curvature import ExtraStatistic, LayerAdapter
 from kronfac.curvature.adapter import Block
+from kronfac.optim.structures.base import Averages as Averages
 from kronfac.optim.structures.base import Factorisation as Factorisation
 from kronfac.optim.structures.base import Factorised as Factorised
 from kronfac.optim.structures.base import Structure as Structure
@@ -45,6 +47,10 @@ class Structures:
     def by_rows(self) -> bool:
         """Whether gradients given by their rows are of use to any layer."""
         return any(structure.by_rows for structure in self.by_block.values())
+
+    def statistics(self, adapter: LayerAdapter) -> Mapping[str, ExtraStatistic]:
+        """The further statistics of a layer, by name."""
+        return self.by_block[adapter.block].statistics(adapter)
 
     def shapes(self, block: Block, groups: int, outputs: int, inputs: int) -> dict[str, tuple[int, ...]]:
         """Shape of each tensor of a layer's `Factorisation`."""

@@ -8,15 +8,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
-from kronfac.curvature import GradientRows, KroneckerFactors
+from kronfac.curvature import ExtraStatistic, GradientRows, LayerAdapter
 
 Factorisation: TypeAlias = "dict[str, Tensor]"
 """What `Structure.factorise` keeps per layer: tensors by name, which is also what a checkpoint stores."""
+
+
+class Averages(NamedTuple):
+    """Undamped running averages of one layer.
+
+    Attributes:
+        A: as in `kronfac.curvature.KroneckerFactors`.
+        G: likewise.
+        extra: of the further statistics that the structure has asked for, by name; one that could not be taken so far
+            is absent.
+    """
+
+    A: Tensor
+    G: Tensor
+    extra: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -50,7 +65,26 @@ class Structure(Protocol):
     def shapes(self, outputs: int, inputs: int) -> Mapping[str, tuple[int, ...]]:
         """Shape of each tensor of a layer's `Factorisation`; a checkpoint is checked against it."""
 
-    def factorise(self, factors: Sequence[KroneckerFactors], damping: Sequence[float]) -> Factorised:
+    def statistics(self, adapter: LayerAdapter) -> Mapping[str, ExtraStatistic]:
+        """The further statistics to take of a layer, by name; new ones at each call.
+
+        Their averages are in `Averages.extra`, and `apply` finds them in the layer's factorisation, whose own tensors
+        have other names. Those of a layer in groups carry the groups in front, as its factors do.
+        """
+
+    def renew(self, statistics: Mapping[str, ExtraStatistic], factorisation: Factorisation | None) -> None:
+        """Tell a layer's further statistics which factorisation holds until the next step."""
+
+    def carry(self, averages: Averages, old: Factorisation | None, new: Factorisation) -> Mapping[str, Tensor]:
+        """The further averages in terms of a new factorisation; called when it replaces the old one.
+
+        Args:
+            averages: of the layer, in terms of the old factorisation, with groups in front where it has some.
+            old: what the factorisation replaces, None at first.
+            new: the factorisation.
+        """
+
+    def factorise(self, factors: Sequence[Averages], damping: Sequence[float]) -> Factorised:
         """Prepare the inverses of A ⊗ G + λI. Never raises for numerical reasons; may wait for the device."""
 
     def apply(
@@ -60,7 +94,8 @@ class Structure(Protocol):
 
         Args:
             grads: V_i (out_i, in_i).
-            factorisations: what `factorise` returned for these layers, at this step or an earlier one.
+            factorisations: what `factorise` returned for these layers, at this step or an earlier one, together with
+                the further averages as they are now.
             damping: λ_i now, which may differ from the one the factorisation was made with.
 
         Returns:
@@ -79,8 +114,25 @@ class Structure(Protocol):
         """
 
 
-class WithoutRows:
-    """For structures that need the gradient matrix itself."""
+class FactorsOnly:
+    """For structures that are made of A and G alone."""
+
+    def statistics(self, adapter: LayerAdapter) -> Mapping[str, ExtraStatistic]:
+        """None."""
+        del adapter
+        return {}
+
+    def renew(self, statistics: Mapping[str, ExtraStatistic], factorisation: Factorisation | None) -> None:
+        """There is nobody to tell."""
+
+    def carry(self, averages: Averages, old: Factorisation | None, new: Factorisation) -> Mapping[str, Tensor]:
+        """There are none."""
+        del old, new
+        return averages.extra
+
+
+class WithoutRows(FactorsOnly):
+    """For structures of A and G that need the gradient matrix itself."""
 
     by_rows = False
 

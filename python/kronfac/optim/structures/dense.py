@@ -7,9 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from kronfac.curvature import KroneckerFactors
 from kronfac.linalg.damped import damped_inverses, eigenbases
-from kronfac.optim.structures.base import Factorisation, Factorised, WithoutRows, finish, per_layer
+from kronfac.optim.structures.base import Averages, Factorisation, Factorised, WithoutRows, finish, per_layer
 
 
 class DenseInverse(WithoutRows):
@@ -22,7 +21,7 @@ class DenseInverse(WithoutRows):
         del inputs
         return {"inverse": (outputs, outputs)}
 
-    def factorise(self, factors: Sequence[KroneckerFactors], damping: Sequence[float]) -> Factorised:
+    def factorise(self, factors: Sequence[Averages], damping: Sequence[float]) -> Factorised:
         """See `Structure.factorise`."""
         lambdas = per_layer(damping, [pair.G for pair in factors])
 
@@ -63,7 +62,7 @@ class DenseEigen(WithoutRows):
         del inputs
         return {"vectors": (outputs, outputs), "values": (outputs,)}
 
-    def factorise(self, factors: Sequence[KroneckerFactors], damping: Sequence[float]) -> Factorised:
+    def factorise(self, factors: Sequence[Averages], damping: Sequence[float]) -> Factorised:
         """See `Structure.factorise`."""
         del damping
 
@@ -125,5 +124,5 @@ def _factorise(
     return Factorised(values, retried)
 
 
-def _blocks(pair: KroneckerFactors) -> list[Tensor]:
+def _blocks(pair: Averages) -> list[Tensor]:
     return list(pair.G.reshape(-1, *pair.G.shape[-2:]).unbind())

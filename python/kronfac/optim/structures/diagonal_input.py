@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from kronfac.curvature import KroneckerFactors
 from kronfac.linalg.damped import damped_inverses, eigenbases, pi_from_means
-from kronfac.optim.structures.base import Factorisation, Factorised, WithoutRows, finish, per_layer
+from kronfac.optim.structures.base import Averages, Factorisation, Factorised, WithoutRows, finish, per_layer
 
 
 class DiagonalInputInverse(WithoutRows):
@@ -21,7 +20,7 @@ class DiagonalInputInverse(WithoutRows):
         """The inverse of the damped G ("left") and of the damped diagonal of A ("right")."""
         return {"left": (outputs, outputs), "right": (inputs,)}
 
-    def factorise(self, factors: Sequence[KroneckerFactors], damping: Sequence[float]) -> Factorised:
+    def factorise(self, factors: Sequence[Averages], damping: Sequence[float]) -> Factorised:
         """See `Structure.factorise`."""
         G = [pair.G for pair in factors]
         lambdas = per_layer(damping, G)
@@ -54,7 +53,7 @@ class DiagonalInputEigen(WithoutRows):
         """Eigenvectors and eigenvalues of G, and the diagonal of A."""
         return {"left_vectors": (outputs, outputs), "left_values": (outputs,), "diagonal": (inputs,)}
 
-    def factorise(self, factors: Sequence[KroneckerFactors], damping: Sequence[float]) -> Factorised:
+    def factorise(self, factors: Sequence[Averages], damping: Sequence[float]) -> Factorised:
         """See `Structure.factorise`."""
         del damping
         bases = eigenbases([pair.G for pair in factors])

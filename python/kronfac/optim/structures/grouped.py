@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from kronfac.curvature import GradientRows, KroneckerFactors
-from kronfac.optim.structures.base import Factorisation, Factorised, Structure
+from kronfac.curvature import ExtraStatistic, GradientRows, LayerAdapter
+from kronfac.optim.structures.base import Averages, Factorisation, Factorised, Structure
 
 
 class Grouped:
@@ -38,15 +38,31 @@ class Grouped:
         """Those of one block."""
         return self.inner.shapes(outputs, inputs)
 
-    def factorise(self, factors: Sequence[KroneckerFactors], damping: Sequence[float]) -> Factorised:
+    def statistics(self, adapter: LayerAdapter) -> Mapping[str, ExtraStatistic]:
+        """See `Structure.statistics`; the inner structure shapes them for all groups at once."""
+        return self.inner.statistics(adapter)
+
+    def renew(self, statistics: Mapping[str, ExtraStatistic], factorisation: Factorisation | None) -> None:
+        """See `Structure.renew`."""
+        self.inner.renew(statistics, factorisation)
+
+    def carry(self, averages: Averages, old: Factorisation | None, new: Factorisation) -> Mapping[str, Tensor]:
+        """See `Structure.carry`; the inner structure takes tensors with groups in front."""
+        return self.inner.carry(averages, old, new)
+
+    def factorise(self, factors: Sequence[Averages], damping: Sequence[float]) -> Factorised:
         """See `Structure.factorise`. A layer counts as inverted when all of its groups are."""
         counts = [len(pair.G) if pair.G.dim() == 3 else 0 for pair in factors]
         if not any(counts):
             return self.inner.factorise(factors, damping)
-        blocks: list[KroneckerFactors] = []
+        blocks: list[Averages] = []
         for pair, count in zip(factors, counts, strict=True):
             if count:
-                blocks += map(KroneckerFactors, pair.A.unbind(), pair.G.unbind())
+                extra = {key: tensor.unbind() for key, tensor in pair.extra.items()}
+                blocks += (
+                    Averages(pair.A[group], pair.G[group], {key: parts[group] for key, parts in extra.items()})
+                    for group in range(count)
+                )
             else:
                 blocks.append(pair)
         done = self.inner.factorise(blocks, _repeat(damping, counts))

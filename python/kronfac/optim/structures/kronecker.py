@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from kronfac import ops
-from kronfac.curvature import GradientRows, KroneckerFactors
+from kronfac.curvature import GradientRows
 from kronfac.linalg.damped import damped_inverses, eigenbases, factored_damping
-from kronfac.optim.structures.base import Factorisation, Factorised, WithoutRows, per_layer
+from kronfac.optim.structures.base import Averages, Factorisation, Factorised, FactorsOnly, WithoutRows, per_layer
 
 
-class KroneckerInverse:
+class KroneckerInverse(FactorsOnly):
     """P = (G + √λ/π I)⁻¹ V (A + π√λ I)⁻¹: factored Tikhonov damping (Martens & Grosse, arXiv:1503.05671, section 6.3).
 
     λ enters when the inverses are made; a change of λ takes effect at the next refresh.
@@ -26,7 +26,7 @@ class KroneckerInverse:
         """The inverses of the damped G ("left") and A ("right")."""
         return {"left": (outputs, outputs), "right": (inputs, inputs)}
 
-    def factorise(self, factors: Sequence[KroneckerFactors], damping: Sequence[float]) -> Factorised:
+    def factorise(self, factors: Sequence[Averages], damping: Sequence[float]) -> Factorised:
         """See `Structure.factorise`. A layer counts as inverted when both of its factors are."""
         A, G = [pair.A for pair in factors], [pair.G for pair in factors]
         right_damping, left_damping = factored_damping(A, G, per_layer(damping, A))
@@ -77,7 +77,7 @@ class KroneckerEigen(WithoutRows):
             "eigenvalues": (outputs, inputs),
         }
 
-    def factorise(self, factors: Sequence[KroneckerFactors], damping: Sequence[float]) -> Factorised:
+    def factorise(self, factors: Sequence[Averages], damping: Sequence[float]) -> Factorised:
         """See `Structure.factorise`. The factors are diagonalised undamped: λ enters once, in `apply`."""
         del damping
         bases = eigenbases([*(pair.A for pair in factors), *(pair.G for pair in factors)])
