@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -46,6 +46,7 @@ class LayerAdapter(ABC):
         block: what the Fisher block is made of.
         sharings: the values of `sharing` that the adapter follows.
         keeps_input: whether `layer_gradient` wants the input.
+        has_pairs: whether there is `pairs`. A structure that needs it does without for other layers.
         leading_positions: whether all leading dimensions of input and output are positions, so that the examples may
             be the second one: (T, N, ...). Where whole examples count, a Linear is refused then, and a norm follows.
         slices: the rows of each of its `owners` that the layer has, None for all of them.
@@ -54,6 +55,7 @@ class LayerAdapter(ABC):
     block: Block = "kronecker"
     sharings: tuple[str, ...] = ("expand",)
     keeps_input: bool = False
+    has_pairs: bool = False
     leading_positions: bool = False
     slices: tuple[slice, ...] | None = None
 
@@ -243,6 +245,23 @@ class LayerAdapter(ABC):
         Returns:
             R of this call: how many rows the statistics were taken of.
         """
+
+    def pairs(self, x: Tensor, g: Tensor, mask: Tensor | None, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Inputs and gradients at every shared position, some examples at a time.
+
+        Where the mask leaves a position out, its gradient is zero and its input finite, or both are absent.
+
+        Args:
+            x: the module's input, detached, the examples first.
+            g: gradient at the module's output, detached, the examples first.
+            mask: as in `input_statistics`.
+            rows: how many positions to hand over at a time, roughly; at least one example.
+
+        Returns:
+            Pairs (examples, positions, in) and (examples, positions, out), the inputs without the bias's one; for a
+            layer in groups (examples, groups, positions, ·). Any strides.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.pairs: has_pairs is {self.has_pairs}")
 
     # ------------------------------------------------------------------ the layer as a matrix
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import TypeAlias, cast
 
 import torch
@@ -30,6 +31,7 @@ class ConvAdapter(LayerAdapter):
     """
 
     sharings = SHARINGS
+    has_pairs = True
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
@@ -50,13 +52,16 @@ class ConvAdapter(LayerAdapter):
 
     def input_statistics(self, out: Tensor | None, x: Tensor, mask: Tensor | None) -> Tensor:
         """Σ over the patches of x (N, C, *spatial); see `LayerAdapter.input_statistics`."""
+        return self.patch_statistics(out, *self._map(self._examples(x, mask)))
+
+    def _map(self, x: Tensor) -> tuple[Tensor, list[int], list[int]]:
+        """The map (N, C, *spatial) whose patches the layer sees, their stride, and the zeros around the map."""
         conv = self._conv
-        x = self._examples(x, mask)
         padding = self._padding()
         if conv.padding_mode != "zeros":
             x = functional.pad(x, _backwards(padding), mode=conv.padding_mode)
             padding = [0] * len(padding)
-        return self.patch_statistics(out, x, list(conv.stride), padding)
+        return x, list(conv.stride), padding
 
     def patch_statistics(self, out: Tensor | None, x: Tensor, stride: list[int], padding: list[int]) -> Tensor:
         """Σ over the patches of a map, or over the mean patch of each example.
@@ -89,6 +94,18 @@ class ConvAdapter(LayerAdapter):
             return conv_covariance(g, ones, ones, zeros, ones, self.groups, scale=scale)
         conv_covariance_(out, g, ones, ones, zeros, ones, self.groups, decay=1.0, scale=scale)
         return out
+
+    def pairs(self, x: Tensor, g: Tensor, mask: Tensor | None, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """See `LayerAdapter.pairs`: patches and the gradients of their outputs."""
+        conv, groups = self._conv, self.groups
+        x, g = self._examples(x, mask), self._examples(g, mask)
+        positions = g.shape[2:].numel()
+        examples = max(rows // max(positions, 1), 1)
+        for some, gradient in zip(torch.split(x, examples), torch.split(g, examples), strict=True):
+            view = _patches(*self._map(some), list(conv.kernel_size), list(conv.dilation))
+            features = view.reshape(len(some), groups, self.in_features, positions).mT
+            outputs = gradient.reshape(len(some), groups, self.out_features, positions).mT
+            yield (features, outputs) if groups > 1 else (features.squeeze(1), outputs.squeeze(1))
 
     def positions(self, shape: torch.Size, mask: Tensor | None) -> int:
         """Examples that the mask leaves, times positions of the output map."""
@@ -137,8 +154,15 @@ def mean_patches(
         padding: zeros, low and high entries for each axis.
         dilation: distance of the entries of a patch.
     """
-    x = functional.pad(x, _backwards(padding)).to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    x = x.contiguous()
+    x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    patches = _patches(x, stride, padding, kernel_size, dilation)
+    axes = len(kernel_size)
+    return patches.mean(list(range(2 + axes, 2 + 2 * axes))).reshape(len(x), math.prod(patches.shape[1 : 2 + axes]))
+
+
+def _patches(x: Tensor, stride: list[int], padding: list[int], kernel_size: list[int], dilation: list[int]) -> Tensor:
+    """A view (N, C, *kernel offsets, *positions) of the padded map (N, C, *spatial)."""
+    x = functional.pad(x, _backwards(padding)).contiguous()
     spatial, steps = x.shape[2:], x.stride()
     positions = [
         (size - gap * (kernel - 1) - 1) // step + 1
@@ -146,9 +170,7 @@ def mean_patches(
     ]
     offset_strides = [gap * s for gap, s in zip(dilation, steps[2:], strict=True)]
     position_strides = [step * s for step, s in zip(stride, steps[2:], strict=True)]
-    patches = x.as_strided((*x.shape[:2], *kernel_size, *positions), (*steps[:2], *offset_strides, *position_strides))
-    axes = len(kernel_size)
-    return patches.mean(list(range(2 + axes, 2 + 2 * axes))).reshape(len(x), math.prod(patches.shape[1 : 2 + axes]))
+    return x.as_strided((*x.shape[:2], *kernel_size, *positions), (*steps[:2], *offset_strides, *position_strides))
 
 
 def _backwards(padding: list[int]) -> list[int]:

@@ -57,11 +57,9 @@ class ConvTransposeAdapter(ConvAdapter):
             sides.append((reach, reach + more))
         return functional.pad(stuffed, [side for pair in reversed(sides) for side in pair])
 
-    def input_statistics(self, out: Tensor | None, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Σ over the patches of the map that `layer_input` made; see `LayerAdapter.input_statistics`."""
-        x = self._examples(x, mask)
+    def _map(self, x: Tensor) -> tuple[Tensor, list[int], list[int]]:
         axes = x.dim() - 2
-        return self.patch_statistics(out, x, [1] * axes, [0] * (2 * axes))
+        return x, [1] * axes, [0] * (2 * axes)
 
     def _split(self, matrix: Tensor) -> tuple[Tensor, ...]:
         weight = self.weight

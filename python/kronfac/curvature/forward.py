@@ -78,6 +78,7 @@ class Call:
         resolved: whether the input statistics were taken.
         reduced: whether the layer's statistics are one row per example.
         flipped: whether the examples are the second dimension of what the layer sees.
+        swapped: whether they are and the layer's own statistics do not mind: every row counts as an example.
         extra: further statistics to take of it, by name.
     """
 
@@ -89,6 +90,7 @@ class Call:
     resolved: bool = False
     reduced: bool = False
     flipped: bool = False
+    swapped: bool = False
     extra: Mapping[str, ExtraStatistic] = field(default_factory=dict)
 
     @property
@@ -204,7 +206,10 @@ class Forward:
         """Notice layers that see (T, N, ...) although whole examples are what counts."""
         shape = call.shape
         second = len(shape) > 2 and shape[0] != self.examples and shape[1] == self.examples
-        if not (call.reduced and call.adapter.leading_positions and second):
+        if not (call.adapter.leading_positions and second):
+            return
+        if not call.reduced:
+            call.swapped = True
             return
         if call.adapter.block != "dense":
             raise RuntimeError(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
 from kronfac.curvature.adapter import LayerAdapter, accumulate
 from kronfac.curvature.registry import register_adapter
-from kronfac.curvature.sharing import SHARINGS, count, example_rows, rows
+from kronfac.curvature.sharing import SHARINGS, count, covers, example_rows, rows
 
 
 @register_adapter(nn.Linear)
@@ -20,6 +22,7 @@ class LinearAdapter(LayerAdapter):
 
     sharings = SHARINGS
     leading_positions = True
+    has_pairs = True
 
     def input_statistics(self, out: Tensor | None, x: Tensor, mask: Tensor | None) -> Tensor:
         """Σ over the rows of x (*, in); see `LayerAdapter.input_statistics`."""
@@ -30,6 +33,21 @@ class LinearAdapter(LayerAdapter):
         """Σ over the rows of g (*, out); see `LayerAdapter.output_statistics`."""
         g = example_rows(g, mask, mean=False) if self.reduces else rows(g, mask)
         return accumulate(out, g, False, scale)
+
+    def pairs(self, x: Tensor, g: Tensor, mask: Tensor | None, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """See `LayerAdapter.pairs`; the first dimension is that of the examples."""
+        if x.dim() == 1:
+            x, g = x.unsqueeze(0), g.unsqueeze(0)
+        if mask is not None and covers(mask, x.shape):
+            left = mask.reshape(len(mask), -1).any(1)
+            x, g, mask = x[left], g[left], mask[left]
+            if mask.dim() > 1:
+                # where and not a product: what is masked may be infinite.
+                kept = mask.reshape(*mask.shape, *[1] * (x.dim() - mask.dim()))
+                x, g = (torch.where(kept, t, torch.zeros((), dtype=t.dtype, device=t.device)) for t in (x, g))
+        x, g = (t.reshape(len(t), t.shape[1:-1].numel(), t.shape[-1]) for t in (x, g))
+        examples = max(rows // max(x.shape[1], 1), 1)
+        yield from zip(torch.split(x, examples), torch.split(g, examples), strict=True)
 
     def positions(self, shape: torch.Size, mask: Tensor | None) -> int:
         """Rows of the output that the mask leaves."""

@@ -76,11 +76,14 @@ class KFAC(GroupedOptimizer):
         fisher: "mc" (targets drawn from the model), "exact" (type-2/GGN) or "empirical" (the training targets).
         fisher_samples: draws per example of "mc", >= 1.
         reduction: "mean" or "sum": what `.grad` is over all examples since the last step. Only "empirical" needs it.
-        structure: "kfac".
+        structure: "kfac", or "ekfac": the eigenvalues in K-FAC's eigenbasis are measured there, as second moments of the
+            rotated per-example gradients, at every statistics step (George et al., arXiv:1806.03884). Embeddings and
+            norms, and layers whose adapter has no pairs, keep their blocks.
         sharing: how the positions of a shared layer (tokens, pixels) enter the factors: "expand" counts each as an
             example, "reduce" averages the inputs and sums the gradients over those of an example (Eschenhagen et al.,
             arXiv:2311.00636), whose axis is then the first.
-        solve: "inverse" (factored Tikhonov damping) or "eigen" (exact damping).
+        solve: "inverse" (factored Tikhonov damping) or "eigen" (exact damping). "ekfac" is in the eigenbasis with exact
+            damping, whatever this says.
         factor_decay: long-run decay of the running averages, in [0, 1].
         factor_every: steps between statistics, >= 1.
         inverse_every: steps between inverses, >= 1.
@@ -158,8 +161,8 @@ class KFAC(GroupedOptimizer):
                 f"KFAC: model: expected a torch.nn.Module, got {type(model).__name__}; pass the model itself"
             )
         refuse_model(model)
-        later = ("ekfac", "diagonal", "mini_block", "doubly_factored", "tridiagonal")
-        structure = options.choice("KFAC: structure", structure, ("kfac",), later)
+        later = ("diagonal", "mini_block", "doubly_factored", "tridiagonal")
+        structure = options.choice("KFAC: structure", structure, ("kfac", "ekfac"), later)
         solve = options.choice("KFAC: solve", solve, ("inverse", "eigen"))
         if options.flag("KFAC: adaptive", adaptive):
             raise ValueError("KFAC: adaptive: True is not available yet; use adaptive=False with an lr and a damping")

@@ -18,13 +18,17 @@ from kronfac.optim.structures.base import Factorised as Factorised
 from kronfac.optim.structures.base import Structure as Structure
 from kronfac.optim.structures.dense import DenseEigen, DenseInverse
 from kronfac.optim.structures.diagonal_input import DiagonalInputEigen, DiagonalInputInverse
+from kronfac.optim.structures.ekfac import Ekfac
 from kronfac.optim.structures.grouped import Grouped
 from kronfac.optim.structures.kronecker import KroneckerEigen, KroneckerInverse
 
 _KRONECKER: dict[tuple[str, str], type[Structure]] = {
     ("kfac", "inverse"): KroneckerInverse,
     ("kfac", "eigen"): KroneckerEigen,
+    ("ekfac", "eigen"): Ekfac,
 }
+ALWAYS_EIGEN = ("ekfac",)
+"""Structures that are applied in an eigenbasis, whatever `solve` is."""
 _OTHERS: dict[str, dict[Block, type[Structure]]] = {
     "inverse": {"diagonal_input": DiagonalInputInverse, "dense": DenseInverse},
     "eigen": {"diagonal_input": DiagonalInputEigen, "dense": DenseEigen},
@@ -60,6 +64,8 @@ class Structures:
 
 def structure_for(structure: str, solve: str) -> Structures:
     """The structures that KFAC's options `structure` and `solve` name (both checked by the caller)."""
+    if structure in ALWAYS_EIGEN:
+        solve = "eigen"
     kronecker = _KRONECKER[structure, solve]()
     others = {block: kind() for block, kind in _OTHERS[solve].items()}
     return Structures(kronecker.name, {"kronecker": Grouped(kronecker), **others})

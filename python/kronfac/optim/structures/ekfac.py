@@ -1,0 +1,101 @@
+"""EKFAC: K-FAC's eigenbasis with eigenvalues that are measured in it (George et al., arXiv:1806.03884)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from kronfac import ops
+from kronfac.curvature import ExtraStatistic, GradientRows, LayerAdapter
+from kronfac.curvature.pairs import RotatedSquares
+from kronfac.linalg.damped import eigenbases
+from kronfac.optim.structures.base import Averages, Factorisation, Factorised, per_layer
+
+SECOND_MOMENT = "S"
+"""Name of the running average of the eigenvalues."""
+
+
+class Ekfac:
+    """P = Q_G [(Q_Gᵀ V Q_A) ⊘ (S + λ)] Q_Aᵀ with S = E[(Q_Gᵀ (per-example gradient) Q_A)²], squared elementwise.
+
+    The basis is renewed with the inverses, S with the statistics. S begins as λ_G λ_Aᵀ, K-FAC's own eigenvalues. When
+    the basis changes from Q to Q', S becomes the diagonal in the new basis of the approximation that it stood for:
+    (U_G∘U_G) S (U_A∘U_A)ᵀ with U = Q'ᵀ Q. Layers whose adapter has no pairs keep λ_G λ_Aᵀ.
+    """
+
+    name = "ekfac"
+    by_rows = False
+
+    def shapes(self, outputs: int, inputs: int) -> Mapping[str, tuple[int, ...]]:
+        """Eigenvectors and eigenvalues of G ("left_...") and of A ("right_...")."""
+        return {
+            "left_vectors": (outputs, outputs),
+            "right_vectors": (inputs, inputs),
+            "left_values": (outputs,),
+            "right_values": (inputs,),
+        }
+
+    def statistics(self, adapter: LayerAdapter) -> Mapping[str, ExtraStatistic]:
+        """S, where the layer yields the pairs that it is made of."""
+        return {SECOND_MOMENT: RotatedSquares(adapter)} if adapter.has_pairs else {}
+
+    def renew(self, statistics: Mapping[str, ExtraStatistic], factorisation: Factorisation | None) -> None:
+        """Take S in the newest basis."""
+        moment = cast(RotatedSquares, statistics[SECOND_MOMENT])
+        if factorisation is None:
+            moment.rotate(None, None)
+        else:
+            moment.rotate(factorisation["left_vectors"], factorisation["right_vectors"])
+
+    def carry(self, averages: Averages, old: Factorisation | None, new: Factorisation) -> Mapping[str, Tensor]:
+        """S in a new basis, as the class says."""
+        before = averages.extra.get(SECOND_MOMENT)
+        if old is None or before is None:
+            return {SECOND_MOMENT: _product(new)}
+        left = (new["left_vectors"].mT @ old["left_vectors"]).square_()
+        right = (new["right_vectors"].mT @ old["right_vectors"]).square_()
+        return {SECOND_MOMENT: left @ before @ right.mT}
+
+    def factorise(self, factors: Sequence[Averages], damping: Sequence[float]) -> Factorised:
+        """See `Structure.factorise`. The factors are diagonalised undamped: λ enters once, in `apply`."""
+        del damping
+        bases = eigenbases([*(some.A for some in factors), *(some.G for some in factors)])
+        values: list[Factorisation | None] = []
+        for right, left in zip(bases.values[: len(factors)], bases.values[len(factors) :], strict=True):
+            if left is None or right is None:
+                values.append(None)
+                continue
+            values.append(
+                {
+                    "left_vectors": left[1],
+                    "right_vectors": right[1],
+                    "left_values": left[0],
+                    "right_values": right[0],
+                }
+            )
+        return Factorised(values, bases.retried)
+
+    def apply(
+        self, grads: Sequence[Tensor], factorisations: Sequence[Factorisation], damping: Sequence[float]
+    ) -> tuple[list[Tensor], Tensor]:
+        """See `Structure.apply`."""
+        eigenvalues = [f[SECOND_MOMENT] if SECOND_MOMENT in f else _product(f) for f in factorisations]
+        return ops.eigen_precondition(
+            grads,
+            [f["left_vectors"] for f in factorisations],
+            [f["right_vectors"] for f in factorisations],
+            eigenvalues,
+            per_layer(damping, eigenvalues),
+        )
+
+    def apply_rows(self, rows: GradientRows, factorisation: Factorisation) -> tuple[Tensor, Tensor]:
+        """There is no such way: the division in the eigenbasis needs the gradient as a matrix."""
+        raise AssertionError("Ekfac.apply_rows: called although by_rows is False")
+
+
+def _product(factorisation: Factorisation) -> Tensor:
+    left, right = factorisation["left_values"], factorisation["right_values"]
+    return torch.mul(left.unsqueeze(-1), right.unsqueeze(-2))
