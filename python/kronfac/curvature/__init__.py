@@ -6,6 +6,7 @@ from kronfac.curvature.adapter import LayerAdapter
 from kronfac.curvature.attention import ProjectionAdapter
 from kronfac.curvature.conv import ConvAdapter
 from kronfac.curvature.conv_transpose import ConvTransposeAdapter
+from kronfac.curvature.doubly_factored import InputFactors
 from kronfac.curvature.embedding import EmbeddingAdapter
 from kronfac.curvature.extra import ExtraStatistic
 from kronfac.curvature.factors import factors
@@ -27,6 +28,7 @@ __all__ = [
     "ExtraStatistic",
     "Gaussian",
     "GradientRows",
+    "InputFactors",
     "KroneckerFactors",
     "LayerAdapter",
     "LayerStatistics",

@@ -12,10 +12,11 @@ from torch.utils.hooks import RemovableHandle
 
 from kronfac.ops import covariance, covariance_
 
-Block: TypeAlias = Literal["kronecker", "diagonal_input", "dense"]
+Block: TypeAlias = Literal["kronecker", "doubly_factored", "diagonal_input", "dense"]
 """What a layer's Fisher block A ⊗ G is made of.
 
 "kronecker": A (in, in) and G (out, out), or one pair per group, (groups, in, in) and (groups, out, out).
+"doubly_factored": A ≈ K ⊗ Ψ, kept as one vector that `InputFactors` reads; G (out, out). Never an adapter's own choice.
 "diagonal_input": A is diagonal and kept as the vector (in,); G (out, out).
 "dense": A is 1 and the block is G, (out, out) or (groups, out, out): the second moment of the gradient itself.
 """
@@ -50,9 +51,13 @@ class LayerAdapter(ABC):
         leading_positions: whether all leading dimensions of input and output are positions, so that the examples may
             be the second one: (T, N, ...). Where whole examples count, a Linear is refused then, and a norm follows.
         slices: the rows of each of its `owners` that the layer has, None for all of them.
+        input_shape: (d1, d2) of an input as a matrix, where `block` is "doubly_factored".
+        input_offsets: how many consecutive entries of an input belong together: the kernel offsets of a channel.
     """
 
     block: Block = "kronecker"
+    input_shape: tuple[int, int] | None = None
+    input_offsets: int = 1
     sharings: tuple[str, ...] = ("expand",)
     keeps_input: bool = False
     has_pairs: bool = False
@@ -135,7 +140,9 @@ class LayerAdapter(ABC):
     def factor_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of A and G."""
         inputs, outputs = self.factor_sizes
-        A = (inputs,) if self.block == "diagonal_input" else (inputs, inputs)
+        A: tuple[int, ...] = (inputs,) if self.block == "diagonal_input" else (inputs, inputs)
+        if self.input_shape is not None:
+            A = (self.input_shape[0] ** 2 + self.input_shape[1] ** 2 + 1,)
         return self._grouped(A), self._grouped((outputs, outputs))
 
     @property
@@ -219,6 +226,21 @@ class LayerAdapter(ABC):
         Returns:
             The sums, unscaled.
         """
+
+    def input_rows(self, x: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
+        """The rows a that `input_statistics` sums over, in pieces; needed only where A is doubly factored.
+
+        Args:
+            x: as in `input_statistics`.
+            mask: as in `input_statistics`.
+
+        Yields:
+            (rows, in) each, without the bias's one.
+
+        Raises:
+            NotImplementedError: by default; such layers keep their A.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.input_rows: not implemented")
 
     @abstractmethod
     def output_statistics(self, out: Tensor | None, g: Tensor, mask: Tensor | None, scale: float = 1.0) -> Tensor:

@@ -37,6 +37,7 @@ class ConvAdapter(LayerAdapter):
         super().__init__(module)
         self.groups = self._conv.groups
         self.out_features //= self.groups
+        self.input_offsets = math.prod(self._conv.kernel_size)
 
     @classmethod
     def supports(cls, module: nn.Module) -> bool:
@@ -53,6 +54,19 @@ class ConvAdapter(LayerAdapter):
     def input_statistics(self, out: Tensor | None, x: Tensor, mask: Tensor | None) -> Tensor:
         """Σ over the patches of x (N, C, *spatial); see `LayerAdapter.input_statistics`."""
         return self.patch_statistics(out, *self._map(self._examples(x, mask)))
+
+    def input_rows(self, x: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
+        """The patches of a few examples at a time; see `LayerAdapter.input_rows`."""
+        x, stride, padding = self._map(self._examples(x, mask))
+        kernel, dilation = list(self._conv.kernel_size), list(self._conv.dilation)
+        if self.reduces:
+            yield mean_patches(x, kernel, stride, padding, dilation)
+            return
+        axes = x.dim() - 2
+        order = (0, *range(2 + axes, 2 + 2 * axes), *range(1, 2 + axes))  # positions before what a patch is made of
+        for example in torch.split(x, 1):
+            patches = _patches(example.to(self.factor_dtype), stride, padding, kernel, dilation)
+            yield patches.permute(order).reshape(-1, math.prod(patches.shape[1 : 2 + axes]))
 
     def _map(self, x: Tensor) -> tuple[Tensor, list[int], list[int]]:
         """The map (N, C, *spatial) whose patches the layer sees, their stride, and the zeros around the map."""

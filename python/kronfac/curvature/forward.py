@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from kronfac.curvature.adapter import LayerAdapter
+from kronfac.curvature.doubly_factored import doubly_factored_statistics
 from kronfac.curvature.extra import ExtraStatistic
 from kronfac.curvature.statistics import LayerStatistics
 
@@ -108,6 +109,8 @@ class Call:
         """Add the call's input statistics, the user's mask being known."""
         x = x.transpose(0, 1) if self.flipped else x
         self.mask, self.resolved = self.adapter.restrict(mask, x), True
+        if self.adapter.input_shape is not None:
+            return doubly_factored_statistics(out, self.adapter, x, self.mask)
         return self.adapter.input_statistics(out, x, self.mask)
 
     def layer_gradient(self, g: Tensor) -> Tensor:

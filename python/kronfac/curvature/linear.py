@@ -26,8 +26,11 @@ class LinearAdapter(LayerAdapter):
 
     def input_statistics(self, out: Tensor | None, x: Tensor, mask: Tensor | None) -> Tensor:
         """Σ over the rows of x (*, in); see `LayerAdapter.input_statistics`."""
-        a = example_rows(x, mask, mean=True) if self.reduces else rows(x, mask)
-        return accumulate(out, a, self.has_bias)
+        return accumulate(out, next(self.input_rows(x, mask)), self.has_bias)
+
+    def input_rows(self, x: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
+        """All rows at once; see `LayerAdapter.input_rows`."""
+        yield example_rows(x, mask, mean=True) if self.reduces else rows(x, mask)
 
     def output_statistics(self, out: Tensor | None, g: Tensor, mask: Tensor | None, scale: float = 1.0) -> Tensor:
         """Σ over the rows of g (*, out); see `LayerAdapter.output_statistics`."""

@@ -145,10 +145,12 @@ def _limit(adapter: LayerAdapter) -> int:
     if type(adapter) is not LinearAdapter:
         return 0
     inputs, outputs = adapter.factor_sizes
-    two_sided = inputs * outputs * (inputs + outputs)
+    # Multiplications with the input side's inverses per input; a doubly factored one has two small ones.
+    side = inputs if adapter.input_shape is None else sum(adapter.input_shape)
+    two_sided = inputs * outputs * (side + outputs)
     if 2 * two_sided < _LEAST:
         return 0
-    per_row = inputs * inputs + outputs * outputs + inputs * outputs
+    per_row = inputs * side + outputs * outputs + inputs * outputs
     return int(_GAIN * two_sided / per_row)
 
 

@@ -18,7 +18,8 @@ class KroneckerFactors(NamedTuple):
 
     Attributes:
         A: second moment of the inputs (in[+1], in[+1]), the bias last. (groups, in[+1], in[+1]) for a layer in groups;
-            the diagonal (in,) for an embedding; ones for a norm layer.
+            the diagonal (in,) for an embedding; ones for a norm layer; a vector that `InputFactors.of` reads for a
+            doubly factored layer.
         G: second moment of the gradients at the outputs (out, out), or (groups, out, out). For a norm layer that of
             the gradients of its parameters.
     """

@@ -76,8 +76,8 @@ class KFAC(GroupedOptimizer):
         fisher: "mc" (targets drawn from the model), "exact" (type-2/GGN) or "empirical" (the training targets).
         fisher_samples: draws per example of "mc", >= 1.
         reduction: "mean" or "sum": what `.grad` is over all examples since the last step. Only "empirical" needs it.
-        structure: "kfac", or "ekfac": the eigenvalues in K-FAC's eigenbasis are measured there, as second moments of the
-            rotated per-example gradients, at every statistics step (George et al., arXiv:1806.03884). Embeddings and
+        structure: "kfac", or "ekfac": the eigenvalues in K-FAC's eigenbasis are measured there, as second moments of
+            the rotated per-example gradients, at every statistics step (George et al., arXiv:1806.03884). Embeddings and
             norms, and layers whose adapter has no pairs, keep their blocks.
         sharing: how the positions of a shared layer (tokens, pixels) enter the factors: "expand" counts each as an
             example, "reduce" averages the inputs and sums the gradients over those of an example (Eschenhagen et al.,
