@@ -68,7 +68,6 @@ def test_bad_options_are_refused_by_name_and_leave_no_hooks(option: str, value: 
     [
         {"structure": "diagonal"},
         {"structure": "mini_block"},
-        {"structure": "doubly_factored"},
         {"structure": "tridiagonal"},
         {"adaptive": True},
     ],

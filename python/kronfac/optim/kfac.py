@@ -77,8 +77,8 @@ class KFAC(GroupedOptimizer):
         fisher_samples: draws per example of "mc", >= 1.
         reduction: "mean" or "sum": what `.grad` is over all examples since the last step. Only "empirical" needs it.
         structure: "kfac", or "ekfac": the eigenvalues in K-FAC's eigenbasis are measured there, as second moments of
-            the rotated per-example gradients, at every statistics step (George et al., arXiv:1806.03884). Embeddings and
-            norms, and layers whose adapter has no pairs, keep their blocks.
+            the rotated per-example gradients, at every statistics step (George et al., arXiv:1806.03884). Embeddings
+            and norms, and layers whose adapter has no pairs, keep their blocks.
         sharing: how the positions of a shared layer (tokens, pixels) enter the factors: "expand" counts each as an
             example, "reduce" averages the inputs and sums the gradients over those of an example (Eschenhagen et al.,
             arXiv:2311.00636), whose axis is then the first.
@@ -161,8 +161,8 @@ class KFAC(GroupedOptimizer):
                 f"KFAC: model: expected a torch.nn.Module, got {type(model).__name__}; pass the model itself"
             )
         refuse_model(model)
-        later = ("diagonal", "mini_block", "doubly_factored", "tridiagonal")
-        structure = options.choice("KFAC: structure", structure, ("kfac", "ekfac"), later)
+        later = ("diagonal", "mini_block", "tridiagonal")
+        structure = options.choice("KFAC: structure", structure, ("kfac", "ekfac", "doubly_factored"), later)
         solve = options.choice("KFAC: solve", solve, ("inverse", "eigen"))
         if options.flag("KFAC: adaptive", adaptive):
             raise ValueError("KFAC: adaptive: True is not available yet; use adaptive=False with an lr and a damping")
@@ -260,6 +260,8 @@ class KFAC(GroupedOptimizer):
         if self._background is not None:
             self._background.check(coverage.layers)
             self._background.keep([layer.name for layer in coverage.layers if layer.factorisation is not None])
+        for layer in coverage.layers:
+            self.structure.prepare(layer.adapter)
         if self._finalizer is not None:
             self._finalizer()
         recorder = Recorder(

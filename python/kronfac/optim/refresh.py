@@ -98,8 +98,8 @@ def factorise(
     """Factorise several layers, one call per kind of block, dtype and device; returns (factorisations, retries)."""
     values: list[Factorisation | None] = [None] * len(layers)
     retried = 0
-    for chosen in _buckets((layer.block, layer.dtype, layer.device) for layer in layers):
-        own = structure.by_block[layers[chosen[0]].block]
+    for chosen in _buckets((layer.block, layer.adapter.input_shape, layer.dtype, layer.device) for layer in layers):
+        own = structure.of(layers[chosen[0]].adapter)
         done = own.factorise([factors[i] for i in chosen], [damping[i] for i in chosen])
         for index, value in zip(chosen, done.values, strict=True):
             values[index] = value

@@ -209,8 +209,7 @@ def _layers(value: object, layers: Sequence[Layer], structure: Structures) -> di
 
 
 def _factorisation(where: str, value: object, layer: Layer, structure: Structures) -> Factorisation:
-    inputs, outputs = layer.adapter.factor_sizes
-    shapes = structure.shapes(layer.block, layer.adapter.groups, outputs, inputs)
+    shapes = structure.shapes(layer.adapter)
     tensors = _mapping(where, value, tuple(shapes))
     return {key: _tensor(f"{where}.{key}", tensors[key], shape, layer) for key, shape in shapes.items()}
 

@@ -18,6 +18,14 @@ from kronfac.optim.structures.base import Factorised as Factorised
 from kronfac.optim.structures.base import Structure as Structure
 from kronfac.optim.structures.dense import DenseEigen, DenseInverse
 from kronfac.optim.structures.diagonal_input import DiagonalInputEigen, DiagonalInputInverse
+from kronfac.optim.structures.doubly_factored import (
+    LARGEST_A,
+    LARGEST_A_IF_ASKED,
+    DoublyFactored,
+    DoublyFactoredEigen,
+    DoublyFactoredInverse,
+    factor_doubly,
+)
 from kronfac.optim.structures.ekfac import Ekfac
 from kronfac.optim.structures.grouped import Grouped
 from kronfac.optim.structures.kronecker import KroneckerEigen, KroneckerInverse
@@ -26,12 +34,22 @@ _KRONECKER: dict[tuple[str, str], type[Structure]] = {
     ("kfac", "inverse"): KroneckerInverse,
     ("kfac", "eigen"): KroneckerEigen,
     ("ekfac", "eigen"): Ekfac,
+    ("doubly_factored", "inverse"): KroneckerInverse,  # of the layers that are small enough
+    ("doubly_factored", "eigen"): KroneckerEigen,
 }
 ALWAYS_EIGEN = ("ekfac",)
 """Structures that are applied in an eigenbasis, whatever `solve` is."""
 _OTHERS: dict[str, dict[Block, type[Structure]]] = {
-    "inverse": {"diagonal_input": DiagonalInputInverse, "dense": DenseInverse},
-    "eigen": {"diagonal_input": DiagonalInputEigen, "dense": DenseEigen},
+    "inverse": {
+        "doubly_factored": DoublyFactoredInverse,
+        "diagonal_input": DiagonalInputInverse,
+        "dense": DenseInverse,
+    },
+    "eigen": {
+        "doubly_factored": DoublyFactoredEigen,
+        "diagonal_input": DiagonalInputEigen,
+        "dense": DenseEigen,
+    },
 }
 
 
@@ -42,10 +60,12 @@ class Structures:
     Attributes:
         name: of the structure of Kronecker-factored blocks; a checkpoint of another name is refused.
         by_block: the structure of each kind.
+        largest_input: inputs of a layer above which it is factored doubly.
     """
 
     name: str
     by_block: Mapping[Block, Structure]
+    largest_input: int = LARGEST_A
 
     @property
     def by_rows(self) -> bool:
@@ -56,9 +76,21 @@ class Structures:
         """The further statistics of a layer, by name."""
         return self.by_block[adapter.block].statistics(adapter)
 
-    def shapes(self, block: Block, groups: int, outputs: int, inputs: int) -> dict[str, tuple[int, ...]]:
+    def prepare(self, adapter: LayerAdapter) -> None:
+        """Choose the kind of block where there is a choice; before the adapter has taken any statistics."""
+        factor_doubly(adapter, self.largest_input)
+
+    def of(self, adapter: LayerAdapter) -> Structure:
+        """The structure that `factorise` is to be called on for a layer."""
+        structure = self.by_block[adapter.block]
+        if isinstance(structure, DoublyFactored) and adapter.input_shape is not None:
+            return structure.of_shape(adapter.input_shape)
+        return structure
+
+    def shapes(self, adapter: LayerAdapter) -> dict[str, tuple[int, ...]]:
         """Shape of each tensor of a layer's `Factorisation`."""
-        shapes = self.by_block[block].shapes(outputs, inputs)
+        inputs, outputs = adapter.factor_sizes
+        shapes, groups = self.of(adapter).shapes(outputs, inputs), adapter.groups
         return {key: shape if groups == 1 else (groups, *shape) for key, shape in shapes.items()}
 
 
@@ -68,4 +100,6 @@ def structure_for(structure: str, solve: str) -> Structures:
         solve = "eigen"
     kronecker = _KRONECKER[structure, solve]()
     others = {block: kind() for block, kind in _OTHERS[solve].items()}
-    return Structures(kronecker.name, {"kronecker": Grouped(kronecker), **others})
+    name = kronecker.name if structure in ("kfac", "ekfac") else f"{structure}/{solve}"
+    largest = LARGEST_A_IF_ASKED if structure == "doubly_factored" else LARGEST_A
+    return Structures(name, {"kronecker": Grouped(kronecker), **others}, largest)
