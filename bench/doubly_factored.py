@@ -51,7 +51,7 @@ def main() -> None:
         name = f"{options.inputs} x {options.outputs}, {adapter.block}, {adapter.input_shape}, {options.solve}"
         print(f"{name}: batch {options.batch}, {options.threads} thread(s), float32")
         A = timed("input statistics", lambda: call.input_statistics(None, x, None).div_(options.batch))
-        G = timed("output statistics", lambda: call.output_statistics(None, g, 1.0).div_(options.batch))
+        G = timed("output statistics", lambda: adapter.output_statistics(None, g, None).div_(options.batch))
         own = structure.of(adapter)
         done = timed("inverses", lambda: own.factorise([KroneckerFactors(A, G)], [1e-3]))
         (value,) = done.values
