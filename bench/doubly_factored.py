@@ -17,9 +17,9 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from kronfac.curvature import GradientRows, KroneckerFactors, adapter_for
+from kronfac.curvature import GradientRows, adapter_for
 from kronfac.curvature.forward import Call, OutputView
-from kronfac.optim.structures import structure_for
+from kronfac.optim.structures import Averages, structure_for
 
 _T = TypeVar("_T")
 
@@ -53,7 +53,7 @@ def main() -> None:
         A = timed("input statistics", lambda: call.input_statistics(None, x, None).div_(options.batch))
         G = timed("output statistics", lambda: adapter.output_statistics(None, g, None).div_(options.batch))
         own = structure.of(adapter)
-        done = timed("inverses", lambda: own.factorise([KroneckerFactors(A, G)], [1e-3]))
+        done = timed("inverses", lambda: own.factorise([Averages(A, G, {})], [1e-3]))
         (value,) = done.values
         assert value is not None
         V = adapter.gradient()
