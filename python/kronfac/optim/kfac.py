@@ -76,9 +76,12 @@ class KFAC(GroupedOptimizer):
         fisher: "mc" (targets drawn from the model), "exact" (type-2/GGN) or "empirical" (the training targets).
         fisher_samples: draws per example of "mc", >= 1.
         reduction: "mean" or "sum": what `.grad` is over all examples since the last step. Only "empirical" needs it.
-        structure: "kfac", or "ekfac": the eigenvalues in K-FAC's eigenbasis are measured there, as second moments of
-            the rotated per-example gradients, at every statistics step (George et al., arXiv:1806.03884). Embeddings
-            and norms, and layers whose adapter has no pairs, keep their blocks.
+        structure: "kfac", A ⊗ G for each layer; "ekfac": the eigenvalues in K-FAC's eigenbasis are measured there, as
+            second moments of the rotated per-example gradients, at every statistics step (George et al.,
+            arXiv:1806.03884); embeddings and norms, and layers whose adapter has no pairs, keep their blocks.
+            "doubly_factored": K ⊗ Ψ ⊗ G for layers with more than 1024 inputs (Ba, Grosse & Martens
+            2017; "kfac" does so above 8192, where A alone would exceed 256 MiB); a layer in groups, or with a prime
+            number of inputs, keeps its A.
         sharing: how the positions of a shared layer (tokens, pixels) enter the factors: "expand" counts each as an
             example, "reduce" averages the inputs and sums the gradients over those of an example (Eschenhagen et al.,
             arXiv:2311.00636), whose axis is then the first.
@@ -260,8 +263,6 @@ class KFAC(GroupedOptimizer):
         if self._background is not None:
             self._background.check(coverage.layers)
             self._background.keep([layer.name for layer in coverage.layers if layer.factorisation is not None])
-        for layer in coverage.layers:
-            self.structure.prepare(layer.adapter)
         if self._finalizer is not None:
             self._finalizer()
         recorder = Recorder(

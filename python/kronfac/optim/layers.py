@@ -104,7 +104,7 @@ def assign(
     Args:
         model: the module whose layers are looked at.
         groups: the optimizer's param groups.
-        structure: decides which further statistics are taken of a layer.
+        structure: decides what a layer's block is made of, and which further statistics are taken of it.
         previous: layers of an earlier division; what they hold is taken over where nothing about the layer changed.
 
     Returns:
@@ -135,6 +135,7 @@ def assign(
                 "is missing; its curvature couples them. Add it to params, or freeze it with requires_grad_(False)"
             )
         layer = Layer(name, adapter, parameters, tuple(group_of[id(p)] for p in parameters))
+        structure.prepare(adapter)
         layer.statistics = structure.statistics(adapter)
         before = known.get(name)
         if before is not None and same_tensors(before.parameters, parameters):
