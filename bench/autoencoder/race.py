@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.autoencoder import worker
-from bench.autoencoder.clock import disturbance
 from bench.autoencoder.settings import WIDTHS, Setting, grid
 from bench.autoencoder.summary import FINAL, GRID, Record, best, read
 
@@ -192,23 +191,18 @@ def _run_one(stage: str, setting: Setting, options: Options) -> tuple[int, str]:
 
 def _judge(path: Path, retries: int) -> None:
     """Say how a run went, and set a disturbed one aside so that it is run again."""
-    data = json.loads(path.read_text(encoding="utf-8"))
-    record = Record.from_json(data)
+    record = Record.from_json(json.loads(path.read_text(encoding="utf-8")))
     error = "diverged" if record.diverged else f"error {record.final_error:.4g}"
     print(f"  {error}, {record.steps} steps in {record.seconds:.0f} s of training", flush=True)
-    reason = disturbance(data["seconds"], data["cpu_seconds"], data["waited_seconds"], data["threads"])
-    if data["cut_short"]:
-        late = f"time was over after {data['steps']} of {data['planned_steps']} steps"
-        reason = late if reason is None else f"{late}; {reason}"
-    if reason is None:
+    if record.disturbed is None:
         return
     tries = len(list(path.parent.glob(f"{path.stem}.disturbed-*")))
     if tries < retries:
         # Not ending in .json: nothing that reads records takes it for one.
         path.rename(path.with_name(f"{path.stem}.disturbed-{tries + 1}"))
-        print(f"  disturbed: {reason}; it is run again", flush=True)
+        print(f"  disturbed: {record.disturbed}; it is run again", flush=True)
     else:
-        print(f"  disturbed: {reason}; kept, and marked in the report", flush=True)
+        print(f"  disturbed: {record.disturbed}; kept, and marked in the report", flush=True)
 
 
 def _record_path(results: Path, stage: str, setting: Setting, minutes: float) -> Path:

@@ -73,9 +73,6 @@ class Record:
             errors = [entry[name] for name in ("raw", "averaged") if entry[name] is not None]
             if errors:  # what was not finite is null in the file
                 curve.append(Point(entry["step"], entry["seconds"], min(errors)))
-        disturbed = disturbance(data["seconds"], data["cpu_seconds"], data["waited_seconds"], data["threads"])
-        if data["cut_short"]:
-            disturbed = f"{data['steps']} of {data['planned_steps']} planned steps"
         return Record(
             Setting.from_json(data["setting"]),
             data["stage"],
@@ -84,9 +81,22 @@ class Record:
             data["steps"],
             data["seconds"],
             data["status"] == "diverged",
-            disturbed,
+            _disturbed(data),
             data["machine"] | {"threads": data["threads"]},
         )
+
+
+LEAST_FILLED = 0.8
+"""A run that ends with less of its time used was planned while the machine was busy."""
+
+
+def _disturbed(data: dict[str, Any]) -> str | None:
+    reasons = [disturbance(data["seconds"], data["cpu_seconds"], data["waited_seconds"], data["threads"])]
+    if data["cut_short"]:
+        reasons.append(f"its time was over after {data['steps']} of {data['planned_steps']} planned steps")
+    elif data["status"] == "finished" and data["seconds"] < LEAST_FILLED * 60 * data["minutes"]:
+        reasons.append(f"its plan filled {data['seconds']:.0f} s of {60 * data['minutes']:.0f} s")
+    return "; ".join(reason for reason in reasons if reason is not None) or None
 
 
 def read(results: Path, stage: str, minutes: float) -> list[Record]:

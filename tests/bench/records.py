@@ -22,8 +22,8 @@ def write_record(
     planned: int | None = None,
 ) -> None:
     """Write one record: curve entries are (step, seconds, error), the averaged network always 1 worse."""
-    steps, end = curve[-1][0], curve[-1][1]
-    seconds = end if seconds is None else seconds
+    steps = curve[-1][0]
+    seconds = 0.95 * 60 * minutes if seconds is None else seconds
     content = {
         "setting": setting.to_json(),
         "stage": stage,

@@ -107,7 +107,7 @@ def test_disturbed_run_is_set_aside_and_repeated_once(tmp_path: Path, monkeypatc
 
     def run_one(stage: str, setting: Setting, how: race.Options) -> tuple[int, str]:
         made.append(setting)
-        write_record(how.results, setting, [(0, 0.0, 9.0)], seconds=100.0, waited=30.0)
+        write_record(how.results, setting, [(0, 0.0, 9.0)], seconds=230.0, waited=30.0)
         return worker.DONE, ""
 
     monkeypatch.setattr(race, "_run_one", run_one)

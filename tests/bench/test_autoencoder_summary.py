@@ -59,7 +59,7 @@ def test_markdown_says_what_was_measured(tmp_path: Path) -> None:
     text = markdown(read(tmp_path, "grid", 4), read(tmp_path, "final", 10))
     assert "error to reach is 2, the lowest final error of the first-order methods (Adam), reached after 300 s" in text
     row = next(line for line in text.splitlines() if line.startswith("| K-FAC | 2 |"))
-    assert row.endswith("| 0.8 | 400 | 600 | 120 | 0.40 | 80 | 0.133 |")
+    assert row.endswith("| 0.8 | 400 | 570 | 120 | 0.40 | 80 | 0.133 |")
     assert "| SGD + Nesterov | 0 | batch 200, lr 0.01, max_momentum 0.99 | 3 |" in text
     assert "not reached" in text
     assert "K-FAC: 75 s and 50 steps, in a grid run of 4 minutes" in text
@@ -79,9 +79,11 @@ def test_disturbed_runs_are_named(tmp_path: Path) -> None:
     write_race(tmp_path)
     write_record(tmp_path, SGD, [(0, 0, 270), (80, 240, 4)], planned=100)
     write_record(tmp_path, ADAM, [(0, 0, 270), (80, 600, 2)], stage="final", minutes=10, waited=100)
+    write_record(tmp_path, OTHER, [(0, 0, 270), (9, 60, 4)], seconds=60)
     text = markdown(read(tmp_path, "grid", 4), read(tmp_path, "final", 10))
-    assert f"grid {SGD.key} (batch 200, lr 0.01, max_momentum 0.99): 80 of 100 planned steps" in text
-    assert "its threads waited 100.0 s for a processor in 600.0 s" in text
+    assert f"grid {SGD.key} (batch 200, lr 0.01, max_momentum 0.99): its time was over after 80 of 100" in text
+    assert f"{OTHER.key} (batch 1000, lr 0.1, kl_clip None): its plan filled 60 s of 240 s" in text
+    assert "its threads waited 100.0 s for a processor in 570.0 s" in text
     assert "lr 0.001 (disturbed)" in text
 
 
