@@ -23,7 +23,7 @@ EVALUATIONS = {GRID: 8, FINAL: 40}
 KEPT = 2
 """Settings per method that are run again for longer."""
 
-LEAST_SECONDS = 30.0
+LEAST_SECONDS = 60.0
 """With less of the budget left no process is started."""
 
 GRACE_SECONDS = 10.0
