@@ -6,6 +6,7 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import bench.autoencoder
 from bench.autoencoder import race, summary
@@ -21,10 +22,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     results = options.results or race.default_results(options.threads)
     try:
-        if options.command in (race.GRID, race.FINAL):
+        if options.command in (summary.GRID, summary.FINAL):
             return _run(parser, options, results)
-        tuning = summary.read(results, race.GRID, options.grid_minutes)
-        final = summary.read(results, race.FINAL, options.minutes)
+        tuning = summary.read(results, summary.GRID, options.grid_minutes)
+        final = summary.read(results, summary.FINAL, options.minutes)
         if options.command == "report":
             print(summary.markdown(tuning, final), end="")
         else:
@@ -51,7 +52,7 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace, results: 
         parser.error(f"--threads: expected a number >= 1, got {options.threads}")
     if not options.data_dir.is_dir():
         parser.error(f"--data-dir: {options.data_dir} is not a directory")
-    settings = grid(methods) if options.command == race.GRID else race.finals(results, methods, options.grid_minutes)
+    settings = grid(methods) if options.command == summary.GRID else race.finals(results, methods, options.grid_minutes)
     how = race.Options(
         results=results,
         data_dir=options.data_dir,
@@ -80,8 +81,10 @@ def _parser() -> argparse.ArgumentParser:
     running.add_argument("--budget", type=float, default=float("inf"), metavar="MINUTES", help="of this invocation")
     running.add_argument("--retries", type=int, default=1, help="how often a disturbed run is repeated (default 1)")
     running.add_argument("--dry-run", action="store_true", help="list the runs and what is there of them")
-    grid_minutes = {"type": float, "default": 4.0, "metavar": "MINUTES", "help": "length of tuning runs (default 4)"}
-    final_minutes = {"type": float, "default": 10.0, "metavar": "MINUTES", "help": "length of final runs (default 10)"}
+    grid_minutes: dict[str, Any] = {"type": float, "default": 4.0, "metavar": "MINUTES"}
+    grid_minutes["help"] = "length of tuning runs (default 4)"
+    final_minutes: dict[str, Any] = {"type": float, "default": 10.0, "metavar": "MINUTES"}
+    final_minutes["help"] = "length of final runs (default 10)"
     one = commands.add_parser("grid", parents=[common, running], help="make the tuning runs that are missing")
     one.add_argument("--minutes", **grid_minutes)
     for name, text in (

@@ -60,8 +60,8 @@ def rate_factor(step: int, steps: int) -> float:
 
 
 def momentum_at(step: int, limit: float) -> float:
-    """Momentum of SGD at a step (Sutskever et al. 2013, equation 5)."""
-    return min(1 - 2.0 ** (-1 - math.log2(step // 250 + 1)), limit)
+    """Momentum of SGD at a step, min(1 - 2^(-1 - log2(⌊step/250⌋ + 1)), limit) (Sutskever et al. 2013, equation 5)."""
+    return min(1 - 0.5 / (step // 250 + 1), limit)
 
 
 class Stepper:

@@ -66,7 +66,7 @@ def loss_of(logits: Tensor, images: Tensor) -> Tensor:
 def error_of(network: nn.Module, images: Tensor) -> float:
     """Squared reconstruction error per image: summed over the pixels, averaged over the images."""
     total = 0.0
-    for part in images.split(_PART):
+    for part in torch.split(images, _PART):
         total += float((network(part).sigmoid_() - part).square_().sum(dtype=torch.float64))
     return total / len(images)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 from bench.autoencoder import methods
@@ -53,9 +53,9 @@ class Job:
     checkpoint_every: float = 30.0
 
 
-def _average(averaged: list[Tensor], current: list[Tensor], count: Tensor | int, weight: float) -> None:
+def _average(averaged: Sequence[Tensor], current: Sequence[Tensor], count: Tensor | int, weight: float) -> None:
     # Short at first, so that the initial weights are soon forgotten.
-    torch._foreach_lerp_(averaged, current, max(weight, 1 / (float(count) + 1)))
+    torch._foreach_lerp_(list(averaged), list(current), max(weight, 1 / (float(count) + 1)))
 
 
 class _Session:
@@ -75,9 +75,6 @@ class _Session:
         loss = self._stepper.step(number, lambda: loss_of(self.network(batch), batch))
         self.average.update_parameters(self.network)
         return loss
-
-    def modules(self) -> dict[str, nn.Module]:
-        return {"raw": self.network, "averaged": self.average.module}
 
 
 def check(job: Job, images: Tensor) -> None:
@@ -101,6 +98,102 @@ def calibrate(job: Job, images: Tensor) -> float:
     return clock.wall / (number - period)
 
 
+class _Run:
+    """A job under way: its plan, its session, what was measured so far; all of that lies in its checkpoint."""
+
+    def __init__(self, job: Job, images: Tensor, checkpoint: Path) -> None:
+        self._job, self._images, self._checkpoint = job, images, checkpoint
+        self.clock, self.number, self._segments = Clock(), 0, 1
+        self._curve: list[dict[str, float]] = []
+        self._loss = math.nan
+        saved: dict[str, Any] | None = torch.load(checkpoint, weights_only=True) if checkpoint.exists() else None
+        self._plan: dict[str, Any] = _plan(job, images) if saved is None else saved["plan"]
+        self.steps: int = self._plan["steps"]
+        self._session = _Session(job, images, self.steps)
+        if saved is not None:
+            for name, part in self._parts().items():
+                part.load_state_dict(saved[name])
+            self.clock, self.number, self._segments = Clock(**saved["clock"]), saved["step"], saved["segments"] + 1
+            self._curve, self._loss = saved["curve"], saved["loss"]
+        self.saved_at = self.clock.wall
+        even = ((index + 1) / job.evaluations for index in range(job.evaluations))
+        self._marks = {round(share * self.steps) for share in (*EARLY, *even)}
+
+    @property
+    def diverged(self) -> bool:
+        return self.number > 0 and not math.isfinite(self._loss)
+
+    def step(self) -> None:
+        with self.clock.running():
+            self._loss = self._session.step(self.number)
+        self.number += 1
+
+    def evaluate_if_due(self) -> None:
+        if self.number in self._marks:
+            self._evaluate()
+
+    def _evaluate(self) -> None:
+        if self._curve and self._curve[-1]["step"] == self.number:
+            return  # done before the checkpoint that this run went on from
+        modules = {"raw": self._session.network, "averaged": self._session.average.module}
+        errors = {name: error_of(module, self._images) for name, module in modules.items()}
+        self._curve.append({"step": self.number, "seconds": self.clock.wall, **errors})
+
+    def _parts(self) -> dict[str, Any]:
+        return {
+            "network": self._session.network,
+            "average": self._session.average,
+            "optimizer": self._session.optimizer,
+        }
+
+    def save(self) -> None:
+        content = {name: part.state_dict() for name, part in self._parts().items()}
+        content |= {
+            "plan": self._plan,
+            "clock": self.clock.state(),
+            "step": self.number,
+            "segments": self._segments,
+            "curve": self._curve,
+            "loss": self._loss,
+        }
+        temporary = self._checkpoint.with_name(f".{self._checkpoint.name}.tmp")
+        torch.save(content, temporary)
+        os.replace(temporary, self._checkpoint)
+        self.saved_at = self.clock.wall
+
+    def record(self) -> dict[str, Any]:
+        """What is kept of the run, which is over."""
+        if not self.diverged:
+            self._evaluate()
+        return {
+            "setting": self._job.setting.to_json(),
+            "seed": self._job.seed,
+            "status": "diverged" if self.diverged else "finished",
+            "steps": self.number,
+            "planned_steps": self.steps,
+            "cut_short": not self.diverged and self.number < self.steps,
+            "calibrated_step_seconds": self._plan["step_seconds"],
+            "calibration_seconds": self._plan["calibration_seconds"],
+            "seconds": self.clock.wall,
+            "cpu_seconds": self.clock.cpu,
+            "waited_seconds": self.clock.waited,
+            "segments": self._segments,
+            "last_loss": self._loss if math.isfinite(self._loss) else None,
+            "skipped_steps": getattr(self._session.optimizer, "skipped_steps", 0),
+            "curve": self._curve,
+        }
+
+
+def _plan(job: Job, images: Tensor) -> dict[str, Any]:
+    methods.make(job.setting, make_network(job.seed, job.widths), job.seed)  # refuses before time is spent
+    if job.steps is not None:
+        return {"steps": job.steps, "step_seconds": None, "calibration_seconds": 0.0}
+    began = time.perf_counter()
+    per_step = calibrate(job, images)
+    steps = max(1, int(PLANNED_SHARE * job.seconds / per_step))
+    return {"steps": steps, "step_seconds": per_step, "calibration_seconds": time.perf_counter() - began}
+
+
 def run(job: Job, images: Tensor, checkpoint: Path, stop: Callable[[], bool] = lambda: False) -> dict[str, Any] | None:
     """Run a job, or go on with it where its checkpoint left it.
 
@@ -121,84 +214,13 @@ def run(job: Job, images: Tensor, checkpoint: Path, stop: Callable[[], bool] = l
         ValueError: a batch larger than the data.
     """
     check(job, images)
-    saved: dict[str, Any] | None = None
-    if checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True)
-        plan = saved["plan"]
-    else:
-        methods.make(job.setting, make_network(job.seed, job.widths), job.seed)  # refuses before time is spent
-        began = time.perf_counter()
-        per_step = None if job.steps is not None else calibrate(job, images)
-        steps = job.steps if per_step is None else max(1, int(PLANNED_SHARE * job.seconds / per_step))
-        plan = {"steps": steps, "step_seconds": per_step, "calibration_seconds": time.perf_counter() - began}
-    steps = plan["steps"]
-    session, clock, number, segments = _Session(job, images, steps), Clock(), 0, 1
-    curve: list[dict[str, float]] = []
-    losses_end: float | None = None
-    if saved is not None:
-        session.network.load_state_dict(saved["network"])
-        session.average.load_state_dict(saved["average"])
-        session.optimizer.load_state_dict(saved["optimizer"])
-        clock, number, segments = Clock(**saved["clock"]), saved["step"], saved["segments"] + 1
-        curve, losses_end = saved["curve"], saved["loss"]
-    marks = {round(share * steps) for share in (*EARLY, *((i + 1) / job.evaluations for i in range(job.evaluations)))}
-
-    def save() -> None:
-        content = {
-            "plan": plan,
-            "network": session.network.state_dict(),
-            "average": session.average.state_dict(),
-            "optimizer": session.optimizer.state_dict(),
-            "clock": clock.state(),
-            "step": number,
-            "segments": segments,
-            "curve": curve,
-            "loss": losses_end,
-        }
-        temporary = checkpoint.with_name(f".{checkpoint.name}.tmp")
-        torch.save(content, temporary)
-        os.replace(temporary, checkpoint)
-
-    def evaluate() -> None:
-        if curve and curve[-1]["step"] == number:
-            return
-        errors = {name: error_of(module, images) for name, module in session.modules().items()}
-        curve.append({"step": number, "seconds": clock.wall, **errors})
-
-    status, saved_at = "finished", clock.wall
-    while True:
-        if number in marks:
-            evaluate()
-        if number >= steps or clock.wall >= job.seconds:
-            break
+    going = _Run(job, images, checkpoint)
+    while going.number < going.steps and going.clock.wall < job.seconds and not going.diverged:
+        going.evaluate_if_due()
         stopping = stop()
-        if stopping or clock.wall - saved_at >= job.checkpoint_every:
-            save()
-            saved_at = clock.wall
+        if stopping or going.clock.wall - going.saved_at >= job.checkpoint_every:
+            going.save()
         if stopping:
             return None
-        with clock.running():
-            losses_end = session.step(number)
-        number += 1
-        if not math.isfinite(losses_end):
-            status = "diverged"
-            break
-    if status == "finished":
-        evaluate()
-    return {
-        "setting": job.setting.to_json(),
-        "seed": job.seed,
-        "status": status,
-        "steps": number,
-        "planned_steps": steps,
-        "cut_short": status == "finished" and number < steps,
-        "calibrated_step_seconds": plan["step_seconds"],
-        "calibration_seconds": plan["calibration_seconds"],
-        "seconds": clock.wall,
-        "cpu_seconds": clock.cpu,
-        "waited_seconds": clock.waited,
-        "segments": segments,
-        "last_loss": losses_end if losses_end is not None and math.isfinite(losses_end) else None,
-        "skipped_steps": getattr(session.optimizer, "skipped_steps", 0),
-        "curve": curve,
-    }
+        going.step()
+    return going.record()
