@@ -29,8 +29,10 @@ def main(arguments: list[str] | None = None) -> int:
         if options.command == "report":
             print(summary.markdown(tuning, final), end="")
         else:
-            from bench.autoencoder import figure
-
+            try:
+                from bench.autoencoder import figure
+            except ModuleNotFoundError as error:
+                raise race.RaceError(f"{error}; run `pip install 'kronfac[plot]'`") from None
             for path in figure.draw(tuning, final, options.out):
                 print(path)
     except (race.RaceError, ValueError, OSError) as error:

@@ -111,15 +111,11 @@ def run_all(stage: str, settings: Sequence[Setting], options: Options) -> bool:
     """
     if options.dry:
         for setting in settings:
-            state = (
-                "done"
-                if _record_path(options.results, stage, setting, options.minutes).exists()
-                else (
-                    "to be continued"
-                    if _checkpoint_path(options.results, stage, setting, options.minutes).exists()
-                    else "missing"
-                )
-            )
+            state = "missing"
+            if _record_path(options.results, stage, setting, options.minutes).exists():
+                state = "done"
+            elif _checkpoint_path(options.results, stage, setting, options.minutes).exists():
+                state = "to be continued"
             print(f"{stage} {setting.key:<24} {state:<16} {setting.describe()}")
         return True
     for folder in (options.results, options.results / "state"):
@@ -132,7 +128,7 @@ def _run_all(stage: str, settings: Sequence[Setting], options: Options) -> bool:
     refused: dict[str, str] = {}
     for setting in settings:
         record = _record_path(options.results, stage, setting, options.minutes)
-        while not record.exists() and setting.method not in refused:
+        while setting.method not in refused and (not record.exists() or _set_aside(record, options.retries)):
             left = options.deadline - time.time()
             if left < LEAST_SECONDS:
                 print(f"out of budget before {stage} {setting.key}; start again to go on", flush=True)
@@ -151,7 +147,7 @@ def _run_all(stage: str, settings: Sequence[Setting], options: Options) -> bool:
                     f"{_checkpoint_path(options.results, stage, setting, options.minutes)})"
                 )
             else:
-                _judge(record, options.retries)
+                _tell(record)
     return True
 
 
@@ -189,20 +185,26 @@ def _run_one(stage: str, setting: Setting, options: Options) -> tuple[int, str]:
     return process.returncode, lines[-1] if lines else "no message; see above"
 
 
-def _judge(path: Path, retries: int) -> None:
-    """Say how a run went, and set a disturbed one aside so that it is run again."""
-    record = Record.from_json(json.loads(path.read_text(encoding="utf-8")))
+def _tell(path: Path) -> None:
+    record = _read(path)
     error = "diverged" if record.diverged else f"error {record.final_error:.4g}"
     print(f"  {error}, {record.steps} steps in {record.seconds:.0f} s of training", flush=True)
-    if record.disturbed is None:
-        return
+    if record.disturbed is not None:
+        print(f"  disturbed: {record.disturbed}", flush=True)
+
+
+def _set_aside(path: Path, retries: int) -> bool:
+    """Rename the record of a disturbed run, so that the run is made again; False where it stays."""
     tries = len(list(path.parent.glob(f"{path.stem}.disturbed-*")))
-    if tries < retries:
-        # Not ending in .json: nothing that reads records takes it for one.
-        path.rename(path.with_name(f"{path.stem}.disturbed-{tries + 1}"))
-        print(f"  disturbed: {record.disturbed}; it is run again", flush=True)
-    else:
-        print(f"  disturbed: {record.disturbed}; kept, and marked in the report", flush=True)
+    if _read(path).disturbed is None or tries >= retries:
+        return False
+    # Not ending in .json: nothing that reads records takes it for one.
+    path.rename(path.with_name(f"{path.stem}.disturbed-{tries + 1}"))
+    return True
+
+
+def _read(path: Path) -> Record:
+    return Record.from_json(json.loads(path.read_text(encoding="utf-8")))
 
 
 def _record_path(results: Path, stage: str, setting: Setting, minutes: float) -> Path:

@@ -116,6 +116,11 @@ def test_disturbed_run_is_set_aside_and_repeated_once(tmp_path: Path, monkeypatc
     kept = read(tmp_path, "grid", 4)
     assert [record.setting for record in kept] == [FIRST]
     assert "waited 30.0 s" in (kept[0].disturbed or "")
+    # A driver that was killed before it looked at the record does not make it a good one: more retries find it.
+    assert race.run_all("grid", [FIRST], options(tmp_path, retries=2))
+    assert made == [FIRST] * 3
+    assert race.run_all("grid", [FIRST], options(tmp_path, retries=2))
+    assert made == [FIRST] * 3
 
 
 def test_refused_method_is_reported_and_the_rest_is_run(
