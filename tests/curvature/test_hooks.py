@@ -98,8 +98,7 @@ def test_a_deepcopy_does_not_keep_the_recorder_alive(x: Tensor) -> None:
     dead = weakref.ref(recorder)
     for module in other.modules():
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-            assert recorder not in vars(hook).values()
-            assert vars(hook).get("_recorder") is None
+            assert not vars(hook)
     del recorder
     assert dead() is None
     other(x)

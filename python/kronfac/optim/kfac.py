@@ -343,6 +343,7 @@ class KFAC(GroupedOptimizer):
         rows = recorder.rows.take()
         fresh = self._due(pending.scaled_sums())
         if self._coverage.outdated():
+            awaited = False  # what the forwards missed is said in other words
             self._cover()
             kept = {layer.name: layer.parameters for layer in layers}
             layers = self._coverage.layers
