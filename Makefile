@@ -12,7 +12,7 @@ CXX_SOURCES := $(shell find csrc \( -name '*.cpp' -o -name '*.h' -o -name '*.cu'
 help:
 	@echo "make demo       train on digits with SGD and K-FAC, look at both Hessian spectra; report in $(OUT)/report.html"
 	@echo "make test       all tests, under every instruction set this machine has"
-	@echo "make test-slow  the tests marked slow"
+	@echo "make test-slow  the tests marked slow, those with Lightning, Accelerate, transformers and PEFT among them"
 	@echo "make sanitize   the operator tests with address and undefined-behaviour sanitizers, under every instruction set"
 	@echo "make lint       ruff, mypy, clang-format (all checks, no changes);  make format applies them"
 	@echo "make docs       the documentation as a site in site/; dead links and missing references are errors"
@@ -39,6 +39,12 @@ $(VENV)/.oracles: $(VENV)/.tools
 	$(PY) -m pip install -q einops opt_einsum linear_operator tqdm scipy
 	touch $@
 
+# The training loops that the slow tests run KFAC in. Those that require torch come without their requirements, as above.
+$(VENV)/.frameworks: $(VENV)/.tools
+	$(PY) -m pip install -q --no-deps accelerate==1.15.0 lightning==2.6.6 torchmetrics==1.9.0 peft==0.21.2
+	$(PY) -m pip install -q transformers==5.23.0 lightning-utilities==0.15.3 psutil
+	touch $@
+
 # Tests are thousands of small operations and say themselves where they want threads; with two by default, each waits for the
 # other on a busy machine.
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(PY) -m pytest
@@ -49,7 +55,7 @@ test: build $(VENV)/.oracles
 	@set -e; for isa in $$($(PY) -c "from kronfac import _host; print(*_host.instruction_sets()[:-1])"); do \
 	  echo "== operators under KRONFAC_ISA=$$isa"; KRONFAC_ISA=$$isa $(PYTEST) -m "not slow" tests/ops; done
 
-test-slow: build $(VENV)/.oracles
+test-slow: build $(VENV)/.oracles $(VENV)/.frameworks
 	$(PYTEST) -m slow tests
 
 # A second build that is never installed: its own folder of objects (only what changed is compiled again) and a folder to import

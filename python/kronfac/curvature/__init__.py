@@ -18,6 +18,7 @@ from kronfac.curvature.recorder import Recorder
 from kronfac.curvature.registry import adapter_for, adapters_for, find_layers, register_adapter
 from kronfac.curvature.rows import GradientRows
 from kronfac.curvature.statistics import KroneckerFactors, LayerStatistics, Pending, ScaledSums
+from kronfac.curvature.transposed_linear import TransposedLinearAdapter
 
 __all__ = [
     "Bernoulli",
@@ -39,6 +40,7 @@ __all__ = [
     "ProjectionAdapter",
     "Recorder",
     "ScaledSums",
+    "TransposedLinearAdapter",
     "adapter_for",
     "adapters_for",
     "factors",

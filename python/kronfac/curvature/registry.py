@@ -14,14 +14,15 @@ from kronfac.curvature.adapter import LayerAdapter
 _Adapter = TypeVar("_Adapter", bound=type[LayerAdapter])
 
 # The projection inside nn.MultiheadAttention is a Linear that is never called as a module: hooks would wait in vain.
-_ADAPTERS: dict[type[nn.Module], type[LayerAdapter] | None] = {NonDynamicallyQuantizableLinear: None}
+_ADAPTERS: dict[type[nn.Module] | str, type[LayerAdapter] | None] = {NonDynamicallyQuantizableLinear: None}
 
 
-def register_adapter(module_type: type[nn.Module]) -> Callable[[_Adapter], _Adapter]:
+def register_adapter(module_type: type[nn.Module] | str) -> Callable[[_Adapter], _Adapter]:
     """Class decorator: cover a layer type with an adapter, in place of an earlier one if there was.
 
     Args:
-        module_type: the layer type. Subclasses are covered too as long as they keep its forward.
+        module_type: the layer type, or "package.module.Name" of a type in a package that need not be there. Subclasses
+            are covered too as long as they keep its forward.
 
     Returns:
         The decorator; it returns the adapter class unchanged.
@@ -29,7 +30,8 @@ def register_adapter(module_type: type[nn.Module]) -> Callable[[_Adapter], _Adap
     Raises:
         TypeError: not a module type, or not an adapter class.
     """
-    if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
+    named = isinstance(module_type, str) and "." in module_type
+    if not named and not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
         raise TypeError(f"register_adapter: module_type: expected a subclass of torch.nn.Module, got {module_type!r}")
 
     def register(adapter_type: _Adapter) -> _Adapter:
@@ -70,7 +72,10 @@ def adapters_for(module: nn.Module) -> dict[str, LayerAdapter]:
         ValueError: as `adapter_for`.
     """
     for base in type(module).__mro__:
-        if base not in _ADAPTERS:
+        if not issubclass(base, nn.Module):
+            continue
+        key = base if base in _ADAPTERS else f"{base.__module__}.{base.__qualname__}"
+        if key not in _ADAPTERS:
             continue
         if type(module).forward is not base.forward or "forward" in vars(module):
             return {}
@@ -79,7 +84,7 @@ def adapters_for(module: nn.Module) -> dict[str, LayerAdapter]:
                 f"adapter_for: module: {module} has no parameters yet; call the model once on real input before its "
                 "curvature is asked for"
             )
-        adapter_type = _ADAPTERS[base]
+        adapter_type = _ADAPTERS[key]
         return adapter_type.layers_of(module) if adapter_type is not None and adapter_type.supports(module) else {}
     return {}
 

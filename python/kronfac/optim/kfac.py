@@ -373,7 +373,8 @@ class KFAC(GroupedOptimizer):
                 self._averaging.update(self._parameters())
             self._counters["inverse_retries"] += outcome.retries
             self._counters["inverse_failures"] += outcome.failures
-            self.clip_scales, self.norm_scales = outcome.clip_scales, outcome.norm_scales
+            self.clip_scales[:] = outcome.clip_scales  # in place: wrappers of frameworks share the list
+            self.norm_scales[:] = outcome.norm_scales
         else:
             self._counters["skipped_steps"] += 1
         if awaited and not fresh and outcome.applied and recorder.idle and not recorder.forced:
@@ -525,7 +526,8 @@ class KFAC(GroupedOptimizer):
                 layer.factors, layer.updates, layer.factorisation = saved.factors, saved.updates, saved.factorisation
                 layer.made = saved.made
         checkpoint.take_pending(self._coverage.layers, loaded, self._background)
-        self._counters, self._eager = dict(loaded.counters), loaded.eager
+        self._eager = loaded.eager
+        self._counters.update(loaded.counters)  # in place: wrappers of frameworks share it
         if loaded.generator_device == self._generator.device.type:
             self._generator.set_state(loaded.generator_state)
         else:
