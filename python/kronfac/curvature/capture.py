@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
+from kronfac.curvature.clock import Clock, timed
 from kronfac.curvature.forward import Call, Forward, OutputEdge
 
 if TYPE_CHECKING:
@@ -38,6 +39,13 @@ class Capture:
         self._leaf: Node = get_gradient_edge(call.adapter.parameters()[0]).node
         self._fired = False
 
+    @property
+    def clock(self) -> Clock | None:
+        """That of the recorder."""
+        recorder = self._recorder()
+        return None if recorder is None else recorder.clock
+
+    @timed("statistics")
     def __call__(self, gradients: tuple[Tensor | None, ...]) -> None:
         """Called by autograd before the node runs."""
         recorder, forward = self._recorder(), self._forward

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from kronfac.curvature.adapter import LayerAdapter
 from kronfac.curvature.capture import Capture
+from kronfac.curvature.clock import Clock, timed
 from kronfac.curvature.compiled import uncompiled
 from kronfac.curvature.extra import ExtraStatistic
 from kronfac.curvature.forward import Call, Forward, OutputEdge, refuse_reentrant
@@ -65,6 +66,7 @@ class Recorder:
         forced: whether `record` was ever used.
         generator: source of the draws.
         rows: keeps the rows that gradients are products of, once that is enabled.
+        clock: counts the time that statistics take, None for none.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -119,6 +121,7 @@ class Recorder:
         self.ever_recorded = False
         self.idle = self.forced = False
         self.rows = RowKeeper(self.adapters)
+        self.clock: Clock | None = None
 
         self._output, self._mask = output, mask
         self._from_backward = fisher == "empirical"
@@ -310,6 +313,7 @@ class Recorder:
             module._parameters.get(name) is parameter for module, items in self._parameters for name, parameter in items
         )
 
+    @timed("statistics")
     def see(
         self,
         name: str,
@@ -347,6 +351,7 @@ class Recorder:
         if obstacle(self) is None:
             self.rows.keep(name, self.adapters[name], args[0] if args else next(iter(kwargs.values()), None), output)
 
+    @timed("statistics")
     def close(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
         """The root's forward has ended, with an output or with an exception."""
         forward = self._forward

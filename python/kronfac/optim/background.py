@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from kronfac.curvature.clock import timed
 from kronfac.optim.layers import Layer
 from kronfac.optim.refresh import factorise
 from kronfac.optim.structures import Averages, Factorisation, Structures
@@ -64,10 +65,12 @@ class Background:
 
     Attributes:
         max_staleness: as given.
+        seconds: how long the thread worked on what was taken into use last.
     """
 
     def __init__(self, max_staleness: int) -> None:
         self.max_staleness = max_staleness
+        self.seconds = 0.0
         self._requests: list[_Request] = []
         self._worker = _Worker()
 
@@ -98,6 +101,7 @@ class Background:
                     "the last good ones are kept"
                 ) from request.error
 
+    @timed("wait")
     def arrive(self, step: int) -> Arrived:
         """What is due at a step; waits until it is there. Nothing changes before `retire`.
 
@@ -119,6 +123,7 @@ class Background:
 
     def retire(self, step: int) -> None:
         """Forget what `arrive` returned: the step was taken."""
+        self.seconds = sum(request.seconds for request in self._due(step))
         self._requests = [request for request in self._requests if request not in self._due(step)]
 
     def submit(
@@ -180,10 +185,6 @@ class Background:
                 if value is not None and name not in request.dropped:
                     result.setdefault(name, []).append(value)
         return result
-
-    def seconds(self, step: int) -> float:
-        """How long the thread worked on what was due at a step."""
-        return sum(request.seconds for request in self._due(step))
 
     def _due(self, step: int) -> list[_Request]:
         return [request for request in self._requests if request.made + self.max_staleness <= step]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn, TypeAlias, overload
 
 import torch
@@ -14,13 +14,16 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, StateDict
 
 from kronfac.curvature import KroneckerFactors, Likelihood, Recorder, ScaledSums, resolve_likelihood
+from kronfac.curvature.clock import Clock
 from kronfac.optim import options
 from kronfac.optim import state as checkpoint
 from kronfac.optim.averaging import IterateAverage
 from kronfac.optim.background import Background
 from kronfac.optim.copying import rebuild
+from kronfac.optim.diagnostics import diagnose
 from kronfac.optim.groups import GroupedOptimizer
 from kronfac.optim.layers import Coverage, assign, check_layers, same_tensors
+from kronfac.optim.memory import MemoryReport, held
 from kronfac.optim.moved import follow
 from kronfac.optim.options import Schedule
 from kronfac.optim.refusals import refuse_compiled_in_place, refuse_model, refuse_parameters, refuse_replaced
@@ -198,6 +201,9 @@ class KFAC(GroupedOptimizer):
         self._background = Background(max_staleness) if max_staleness else None
         if self._background is not None:
             weakref.finalize(self, self._background.forget).atexit = False
+        self._clock: Clock | None = None
+        # What else has something to say in `diagnostics`, by name; a key "rho" is shown at the top as well.
+        self._diagnosed: dict[str, Callable[[], Mapping[str, Any]]] = {}
         self._counters = dict.fromkeys(checkpoint.COUNTERS, 0)
         self._reporter = Reporter()
         self._recorder: Recorder | None = None
@@ -274,6 +280,7 @@ class KFAC(GroupedOptimizer):
         )
         recorder.ever_recorded = self._recorder is not None and self._recorder.ever_recorded
         self._coverage, self._recorder = coverage, recorder
+        recorder.clock = self._clock
         # Layers that are new should not wait for the next step that is due.
         self._eager = any(layer.factors is None for layer in coverage.layers)
         # The hooks go with the optimizer. The recorder does not know the optimizer, so nothing keeps that alive.
@@ -317,8 +324,13 @@ class KFAC(GroupedOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with torch.no_grad(), torch.autocast(self._home().type, enabled=False):
+        timing = nullcontext() if self._clock is None else self._clock.active()
+        with torch.no_grad(), torch.autocast(self._home().type, enabled=False), timing:
             self._step()
+        if self._clock is not None:
+            if self._background is not None:
+                self._clock.add("background", self._background.seconds)
+            self._clock.finish()
         return loss
 
     def _step(self) -> None:
@@ -434,6 +446,51 @@ class KFAC(GroupedOptimizer):
             if layer.factors is not None
         }
 
+    def diagnostics(self) -> dict[str, Any]:
+        """What the optimizer did last and what it holds, as plain numbers. Waits for the device; nothing changes.
+
+        Returns:
+            `step` (steps taken), `skipped_steps`, `inverse_failures`, `inverse_retries`; `groups`: lr, momentum,
+            damping, weight_decay, kl_clip and `clip_scale`, the factor that the KL clip applied, per param group;
+            `layers`: per layer `damping` (λ with the decay that joins it), `pi` and `condition` (below), `updates`
+            (statistics in its averages), `inverse_age` (steps since the statistics that its inverse is made of) and
+            `bytes`; `max_staleness` and `pending`, the steps whose inverses are not in use yet; `bytes` of all;
+            `seconds` by phase of the last step, None unless `time_phases` was called; `rho`, None without a quadratic
+            model.
+
+            π is that of the factors as they are now, of a layer in groups the geometric mean. The condition number is
+            that of the damped block, of the worst group: exact from the eigenvalues with solve="eigen"; with "inverse"
+            the norms of the damped factors now times those of the inverses in use, estimated from below by 20 steps of
+            the power method. None before the first inverse, and π where the block has only one factor.
+        """
+        return diagnose(
+            layers=self._coverage.layers,
+            groups=self.param_groups,
+            state=self.state,
+            counters=self._counters,
+            clip_scales=self.clip_scales,
+            background=self._background,
+            clock=self._clock,
+            sources=self._diagnosed,
+        )
+
+    def time_phases(self, enabled: bool = True) -> None:
+        """Measure from now on where a step's time goes, for `diagnostics`; off again with False.
+
+        Phases are "statistics" (also inside the forward, and for fisher="empirical" the backward), "factorise",
+        "precondition", "update", with `max_staleness` "wait" and "background", the time that the thread took for the
+        inverses now in use. On an accelerator the host then waits for the device at the borders of each phase.
+
+        Args:
+            enabled: whether to measure.
+        """
+        self._clock = Clock(self._home()) if options.flag("KFAC.time_phases: enabled", enabled) else None
+        self._live_recorder().clock = self._clock
+
+    def memory(self) -> MemoryReport:
+        """Bytes that the optimizer holds at present, by layer; `kronfac.optim.predict_memory` knows beforehand."""
+        return held(self._coverage.layers, self.state, self._background)
+
     def record_statistics(self, update_only: bool = False) -> AbstractContextManager[None]:
         """Record the forwards inside the context whatever the model's mode and the step.
 
@@ -469,6 +526,11 @@ class KFAC(GroupedOptimizer):
     def layers(self) -> tuple[str, ...]:
         """Names of the covered layers."""
         return tuple(layer.name for layer in self._coverage.layers)
+
+    @property
+    def steps(self) -> int:
+        """Steps taken, the skipped ones not counted."""
+        return self._counters["step"]
 
     @property
     def skipped_steps(self) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kronfac.curvature import GradientRows, ScaledSums
 from kronfac.curvature.adapter import Block
+from kronfac.curvature.clock import timed
 from kronfac.curvature.statistics import diagonal
 from kronfac.optim.layers import Layer
 from kronfac.optim.structures import Averages, Factorisation, Structures
@@ -46,6 +47,7 @@ class Preconditioned:
     dots: list[tuple[list[int], Tensor]]
 
 
+@timed("statistics")
 def average(layers: Sequence[Layer], fresh: Mapping[str, ScaledSums], factor_decay: float) -> dict[str, Average]:
     """Running averages with decay min(1 - 1/k, factor_decay), k counting the layer's updates: no bias from the start.
 
@@ -92,6 +94,7 @@ def carry(
     return result
 
 
+@timed("factorise")
 def factorise(
     structure: Structures, layers: Sequence[Layer], factors: Sequence[Averages], damping: Sequence[float]
 ) -> tuple[list[Factorisation | None], int]:
@@ -107,6 +110,7 @@ def factorise(
     return values, retried
 
 
+@timed("precondition")
 def precondition(
     structure: Structures,
     blocks: Sequence[Block],
@@ -173,6 +177,7 @@ def all_finite(tensors: Iterable[Tensor]) -> list[Tensor]:
     return flags
 
 
+@timed("statistics")
 def sums_finite(fresh: Iterable[ScaledSums]) -> list[Tensor]:
     """Whether fresh statistics are finite: one bool tensor () per dtype and device, without host synchronisation."""
     # A non-finite entry of a row reaches the diagonal, a sum of squares, of its second moment; it is all that is read.

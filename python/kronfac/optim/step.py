@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kronfac.curvature import GradientRows, ScaledSums
+from kronfac.curvature.clock import timed
 from kronfac.optim.background import Arrived, Background
 from kronfac.optim.layers import Layer
 from kronfac.optim.refresh import (
@@ -279,6 +280,7 @@ def _regularised_gradient(layer: Layer, groups: Groups) -> Tensor:
     return add_weight_decay(gradient, layer.adapter.weight_matrix(), decays, *layer.adapter.parts)
 
 
+@timed("update")
 def _clip_scales(layers: Sequence[Layer], done: Preconditioned, groups: Groups) -> list[Tensor | None]:
     """The KL clip's factor per param group, for the layers that are the group's own; None where nothing is clipped."""
     sets: dict[tuple[int, float], list[Tensor]] = {}
@@ -330,6 +332,7 @@ def _products(one: Sequence[Tensor | None], other: Sequence[Tensor | None]) -> l
     ]
 
 
+@timed("update")
 def _move(
     layers: Sequence[Layer],
     matrices: Sequence[Tensor],

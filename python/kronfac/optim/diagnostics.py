@@ -1,0 +1,163 @@
+"""What K-FAC is doing, as plain numbers: damping, condition, age of inverses, counts, time per phase."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kronfac.curvature.clock import Clock
+from kronfac.linalg.damped import pi_from_means
+from kronfac.optim.background import Background
+from kronfac.optim.layers import Layer
+from kronfac.optim.memory import held
+from kronfac.optim.structures import Averages, Factorisation
+
+_ITERATIONS = 20  # of the power method; the estimate is then within a few per cent, from below
+
+
+def diagnose(
+    *,
+    layers: Sequence[Layer],
+    groups: Sequence[Mapping[str, Any]],
+    state: Mapping[Tensor, Mapping[str, Any]],
+    counters: Mapping[str, int],
+    clip_scales: Sequence[Tensor | None],
+    background: Background | None,
+    clock: Clock | None,
+    sources: Mapping[str, Callable[[], Mapping[str, Any]]],
+) -> dict[str, Any]:
+    """See `kronfac.KFAC.diagnostics`. Waits for the device.
+
+    Args:
+        layers: the covered layers.
+        groups: the param groups.
+        state: of the optimizer, by parameter.
+        counters: of the optimizer.
+        clip_scales: the KL clip's factors of the last step.
+        background: that makes inverses, if any.
+        clock: that measures phases, if any.
+        sources: further parts of the optimizer that have something to say, by name.
+    """
+    last = counters["step"] - 1
+    memory = held(layers, state, background)
+    pending = () if background is None else background.pending
+    seconds = None
+    if clock is not None:
+        seconds = clock.seconds
+    result: dict[str, Any] = {
+        **counters,
+        "groups": [
+            {
+                **{name: group[name] for name in ("lr", "momentum", "damping", "weight_decay", "kl_clip")},
+                "clip_scale": None if scale is None else float(scale),
+            }
+            for group, scale in zip(groups, clip_scales, strict=True)
+        ],
+        "max_staleness": 0 if background is None else background.max_staleness,
+        "pending": list(pending),
+        "layers": {
+            layer.name: {
+                "damping": _damping(layer, groups),
+                **_numbers(layer, _damping(layer, groups)),
+                "updates": layer.updates,
+                "inverse_age": None if layer.made is None else last - layer.made,
+                "bytes": memory.layers[layer.name].total,
+            }
+            for layer in layers
+        },
+        "bytes": memory.total,
+        "seconds": seconds,
+        "rho": None,
+    }
+    for name, source in sources.items():
+        part = dict(source())
+        result["rho"] = part.get("rho", result["rho"])
+        result[name] = part
+    return result
+
+
+def flatten(diagnostics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """The numbers of nested diagnostics under joined names, ``layers/0/pi``; lists by position, None left out."""
+    result: dict[str, float] = {}
+    for key, value in diagnostics.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            result.update(flatten(value, f"{name}/"))
+        elif isinstance(value, (list, tuple)):
+            if key != "pending":
+                result.update(flatten({str(index): item for index, item in enumerate(value)}, f"{name}/"))
+        elif isinstance(value, (bool, int, float)):
+            result[name] = float(value)
+    return result
+
+
+def _damping(layer: Layer, groups: Sequence[Mapping[str, Any]]) -> float:
+    group = groups[layer.groups[0]]
+    return float(group["damping"]) + (0.0 if group["decoupled"] else float(group["weight_decay"]))
+
+
+def _numbers(layer: Layer, damping: float) -> dict[str, float | None]:
+    if layer.factors is None:
+        return {"pi": None, "condition": None}
+    pi = None if layer.block == "dense" else _pi(layer.factors)
+    condition = None if layer.factorisation is None else _condition(layer, layer.factors, layer.factorisation, damping)
+    return {
+        "pi": None if pi is None else float(pi.log().mean().exp()),  # of groups the geometric mean
+        "condition": None if condition is None else float(condition.max()),
+    }
+
+
+def _pi(factors: Averages) -> Tensor:
+    """π of each group, shape () without groups."""
+    A = factors.A.mean() if factors.A.dim() == 1 else _mean_diagonal(factors.A)
+    return pi_from_means(A, _mean_diagonal(factors.G))
+
+
+def _mean_diagonal(factor: Tensor) -> Tensor:
+    return factor.diagonal(dim1=-2, dim2=-1).mean(-1)
+
+
+def _condition(layer: Layer, factors: Averages, f: Factorisation, damping: float) -> Tensor | None:
+    """Of the damped block, per group; None for a factorisation of another form than those known here."""
+    keys = set(f)
+    if keys == {"left", "right"}:
+        pi, root = _pi(factors), math.sqrt(damping)
+        left = _norm(_shifted(factors.G, root / pi)) * _norm(f["left"])
+        if layer.block == "diagonal_input":
+            return left * (factors.A + pi * root).max() * f["right"].max()
+        return left * _norm(_shifted(factors.A, pi * root)) * _norm(f["right"])
+    if keys == {"left_vectors", "right_vectors", "eigenvalues"}:
+        values = f["eigenvalues"].flatten(-2)
+        return (values.amax(-1) + damping) / (values.amin(-1) + damping)
+    if keys == {"left_vectors", "left_values", "diagonal"}:
+        values, diagonal = f["left_values"], f["diagonal"]
+        return (values.max() * diagonal.max() + damping) / (values.min() * diagonal.min() + damping)
+    if keys == {"inverse"}:
+        return _norm(_shifted(factors.G, torch.as_tensor(damping))) * _norm(f["inverse"])
+    if keys == {"vectors", "values"}:
+        values = f["values"]
+        return (values.amax(-1) + damping) / (values.amin(-1) + damping)
+    return None
+
+
+def _shifted(factor: Tensor, shift: Tensor) -> Tensor:
+    eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+    return factor + shift.to(factor)[..., None, None] * eye
+
+
+def _norm(matrix: Tensor) -> Tensor:
+    """Largest eigenvalue of each symmetric positive matrix (..., n, n), by the power method: from below."""
+    n = matrix.shape[-1]
+    # Fixed, so that a look at the diagnostics draws from no random stream, and without symmetry.
+    start = 1.5 + torch.arange(n, dtype=torch.float64).cos()
+    vector = start.to(matrix).expand(*matrix.shape[:-1]).unsqueeze(-1)
+    value = matrix.new_zeros(matrix.shape[:-2])
+    for _ in range(_ITERATIONS):
+        vector = vector / torch.linalg.vector_norm(vector, dim=-2, keepdim=True)
+        vector = matrix @ vector
+        value = torch.linalg.vector_norm(vector, dim=(-2, -1))
+    return value
