@@ -14,6 +14,7 @@ from kronfac.curvature.hooks import unrecorded
 from kronfac.curvature.likelihood import Bernoulli, Categorical, Gaussian, Likelihood, resolve_likelihood
 from kronfac.curvature.linear import LinearAdapter
 from kronfac.curvature.norm import NormAdapter
+from kronfac.curvature.posterior import KroneckerPosterior, to_parameters
 from kronfac.curvature.recorder import Recorder
 from kronfac.curvature.registry import adapter_for, adapters_for, find_layers, register_adapter
 from kronfac.curvature.rows import GradientRows
@@ -31,6 +32,7 @@ __all__ = [
     "GradientRows",
     "InputFactors",
     "KroneckerFactors",
+    "KroneckerPosterior",
     "LayerAdapter",
     "LayerStatistics",
     "Likelihood",
@@ -47,5 +49,6 @@ __all__ = [
     "find_layers",
     "register_adapter",
     "resolve_likelihood",
+    "to_parameters",
     "unrecorded",
 ]
