@@ -7,3 +7,5 @@ from kronfac.optim.memory import LayerMemory as LayerMemory
 from kronfac.optim.memory import MemoryReport as MemoryReport
 from kronfac.optim.memory import predict_memory as predict_memory
 from kronfac.optim.monitor import Monitor as Monitor
+from kronfac.optim.range_finder import RangeResult as RangeResult
+from kronfac.optim.range_finder import range_finder as range_finder
