@@ -139,10 +139,12 @@ def predict_memory(
             `params`.
     """
     where = "predict_memory"
-    structures = structure_for(
-        options.choice(f"{where}: structure", structure, ("kfac",)),
-        options.choice(f"{where}: solve", solve, ("inverse", "eigen")),
-    )
+    try:
+        structures = structure_for(structure, solve)
+    except KeyError:
+        raise ValueError(
+            f"{where}: structure and solve: expected a pair that KFAC accepts, got {structure!r} and {solve!r}"
+        ) from None
     staleness = options.whole(f"{where}: max_staleness", max_staleness)
     at_once = math.ceil(staleness / options.count(f"{where}: inverse_every", inverse_every))
     groups = _groups(where, model.parameters() if params is None else params, momentum)

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from kronfac._plotting import axes_or_new
 from kronfac.operators.isolation import RandomStreams, accelerator_devices
 from kronfac.optim import options
 from kronfac.optim.kfac import KFAC
 from kronfac.optim.monitor import Monitor
 from kronfac.optim.report import Reporter
-from kronfac.spectrum._plotting import axes_or_new
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

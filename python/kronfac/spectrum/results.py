@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from kronfac.spectrum._plotting import axes_or_new
+from kronfac._plotting import axes_or_new
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
