@@ -36,7 +36,6 @@ def halve(step: int) -> float:
     return 0.1 * 0.5**step
 
 
-@pytest.mark.trap(14)
 @pytest.mark.parametrize("fisher", ["mc", "empirical"])
 @pytest.mark.parametrize("how", WAYS)
 def test_a_copied_pair_continues_bit_for_bit_and_apart(how: str, fisher: str) -> None:
@@ -106,7 +105,6 @@ def test_what_cannot_be_copied_is_refused() -> None:
         pickle.dumps(KFAC(mlp(3, 2), lambda step: 0.1))
 
 
-@pytest.mark.trap(14)
 @pytest.mark.parametrize("how", WAYS)
 def test_trap_14_a_copied_model_is_not_watched(how: str) -> None:
     """It can be used, moved to other types, quantised and given an optimizer of its own."""

@@ -1,4 +1,4 @@
-"""Traps 9, 11 and 12 of K-FAC implementations: layers and configurations that crash or mislead them."""
+"""Traps 9, 11 and 12 of the list in test_traps.py: layers and configurations that crash or mislead K-FAC."""
 
 from __future__ import annotations
 
