@@ -18,6 +18,7 @@ from torch.nn import functional
 from kronfac.curvature import clock as clocks
 from kronfac.optim import KFAC, Monitor
 from kronfac.optim.diagnostics import flatten
+from kronfac.optim.structures import STRUCTURES
 from tests.optim.models import equal, frozen_state, mlp, same_tree, snapshot, train_step, vectors
 
 
@@ -75,6 +76,29 @@ def test_pi_and_condition_are_those_of_the_dense_blocks(solve: str, wide: bool) 
         # The power method approaches from below; eigenvalues that are stored are exact.
         low = 0.9 if solve == "inverse" else 1 - 1e-6
         assert low * condition <= entry["condition"] <= condition * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_every_structure_is_diagnosed(structure: str) -> None:
+    model = Everything(wide=False)
+    optimizer = KFAC(model, 0.01, structure=structure, damping=0.05, inverse_every=1)
+    for _ in range(3):
+        train_step(model, optimizer, *tokens(6))
+    for layer in optimizer.diagnostics()["layers"].values():
+        assert layer["pi"] is None or layer["pi"] > 0
+        assert layer["condition"] is None or layer["condition"] >= 1
+        assert layer["updates"] == 3
+
+
+def test_the_condition_of_measured_eigenvalues() -> None:
+    for structure, name in (("ekfac", "S"), ("diagonal", "D")):
+        model = mlp(4, 5, 3)
+        optimizer = KFAC(model, 0.01, structure=structure, damping=0.05, inverse_every=1)
+        for _ in range(3):
+            train_step(model, optimizer, *vectors(6, 4, 3))
+        values = optimizer.state_dict()["kronfac"]["layers"]["0"]["extra"][name] + 0.05
+        found = optimizer.diagnostics()["layers"]["0"]["condition"]
+        assert found == pytest.approx(float(values.max() / values.min()))
 
 
 def test_counts_ages_and_options() -> None:

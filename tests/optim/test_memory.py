@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kronfac.optim import KFAC, predict_memory
+from kronfac.optim.structures import STRUCTURES
 from tests.optim.models import convnet, images, mlp, train_step, vectors
 from tests.optim.test_diagnostics import Everything, tokens
 
@@ -65,7 +66,17 @@ def unique_bytes(value: Any, seen: dict[int, int]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:KFAC. .* covered by no layer adapter")
-@pytest.mark.parametrize("options", [{}, {"solve": "eigen"}, {"momentum": 0.0}, {"max_staleness": 5}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"solve": "eigen"},
+        {"momentum": 0.0},
+        {"max_staleness": 5},
+        *({"structure": name} for name in STRUCTURES if name != "kfac"),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("case", CASES)
 def test_the_prediction_is_the_sum_of_all_tensors_held(case: str, options: dict[str, Any]) -> None:
     model, data = CASES[case][0](), CASES[case][1]
@@ -94,6 +105,16 @@ def test_a_model_on_the_meta_device_is_enough() -> None:
     assert report.layers["0"].factors == report.layers["0"].inverses == 4 * (8001**2 + 4096**2)
     assert report.layers["2"].momentum == 4 * (4096 * 1000 + 1000)
     assert report.uncovered == 0
+
+
+def test_a_layer_too_large_for_its_input_factor() -> None:
+    with torch.device("meta"):
+        large = nn.Sequential(nn.Linear(9216, 4096, bias=False))
+    sizes = {name: predict_memory(large, structure=name).layers["0"] for name in ("kfac", "diagonal")}
+    assert (
+        sizes["kfac"].factors == sizes["kfac"].inverses == 4 * (2 * 96**2 + 1 + 4096**2)
+    )  # and the ratio of their scales
+    assert (sizes["diagonal"].factors, sizes["diagonal"].inverses) == (4 * 9216 * 4096, 0)
 
 
 def test_params_and_groups() -> None:

@@ -66,8 +66,6 @@ def test_bad_options_are_refused_by_name_and_leave_no_hooks(option: str, value: 
 @pytest.mark.parametrize(
     "options",
     [
-        {"structure": "diagonal"},
-        {"structure": "mini_block"},
         {"structure": "tridiagonal"},
         {"adaptive": True},
     ],

@@ -64,6 +64,13 @@ class LayerAdapter(ABC):
     leading_positions: bool = False
     slices: tuple[slice, ...] | None = None
 
+    def __init_subclass__(cls) -> None:
+        """Pairs of a base class do not describe a layer with statistics of its own."""
+        super().__init_subclass__()
+        own = vars(cls)
+        if "pairs" not in own and "has_pairs" not in own and {"input_statistics", "output_statistics"} & own.keys():
+            cls.has_pairs = False
+
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         weight = self.weight

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from kronfac.curvature.adapter import LayerAdapter
 from kronfac.curvature.doubly_factored import doubly_factored_statistics
 from kronfac.curvature.extra import ExtraStatistic
-from kronfac.curvature.statistics import LayerStatistics
+from kronfac.curvature.statistics import LayerStatistics, no_factors
 
 _REENTRANT = "CheckpointFunctionBackward"
 
@@ -81,6 +81,7 @@ class Call:
         flipped: whether the examples are the second dimension of what the layer sees.
         swapped: whether they are and the layer's own statistics do not mind: every row counts as an example.
         extra: further statistics to take of it, by name.
+        bare: whether these are all that is taken of it, without A and G.
     """
 
     adapter: LayerAdapter
@@ -93,6 +94,7 @@ class Call:
     flipped: bool = False
     swapped: bool = False
     extra: Mapping[str, ExtraStatistic] = field(default_factory=dict)
+    bare: bool = False
 
     @property
     def keeps_input(self) -> bool:
@@ -109,9 +111,17 @@ class Call:
         """Add the call's input statistics, the user's mask being known."""
         x = x.transpose(0, 1) if self.flipped else x
         self.mask, self.resolved = self.adapter.restrict(mask, x), True
+        if self.bare:
+            return no_factors(self.adapter)[0]
         if self.adapter.input_shape is not None:
             return doubly_factored_statistics(out, self.adapter, x, self.mask)
         return self.adapter.input_statistics(out, x, self.mask)
+
+    def output_statistics(self, out: Tensor | None, g: Tensor, scale: float) -> Tensor:
+        """Add the output statistics of what `layer_gradient` made."""
+        if self.bare:
+            return no_factors(self.adapter)[1]
+        return self.adapter.output_statistics(out, g, self.mask, scale)
 
     def layer_gradient(self, g: Tensor) -> Tensor:
         """What the statistics are taken of, examples first, given the gradient at the call's output."""
@@ -132,6 +142,7 @@ class Forward:
         G_sums: output statistics by layer, of the layers that a gradient has reached.
         extra_sums: further statistics by layer and name, likewise.
         watched: the further statistics of each layer that are wanted, by name.
+        bare: layers of which A and G are not wanted.
         ungraphed: layers that ran without a graph.
         mask: terms that count, None for all.
         terms: M, once the forward is complete.
@@ -147,6 +158,7 @@ class Forward:
     G_sums: dict[str, Tensor] = field(default_factory=dict)
     extra_sums: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     watched: Mapping[str, Mapping[str, ExtraStatistic]] = field(default_factory=dict)
+    bare: Collection[str] = ()
     ungraphed: list[str] = field(default_factory=list)
     mask: Tensor | None = None
     terms: float = 0
@@ -171,7 +183,7 @@ class Forward:
             shape: of the output.
             defer: keep the input until `resolve`, which also happens where the adapter keeps it.
         """
-        call = Call(adapter, shape, reduced=adapter.reduces)
+        call = Call(adapter, shape, reduced=adapter.reduces, bare=name in self.bare)
         if self.watched.get(name):
             call.extra = {key: some for key, some in self.watched[name].items() if some.available}
         x = x.detach()
@@ -225,7 +237,7 @@ class Forward:
     def add_gradient(self, name: str, call: Call, g: Tensor, scale: float = 1.0) -> None:
         """Take the output statistics of a gradient at a layer's output."""
         g = call.layer_gradient(g)
-        self.G_sums[name] = call.adapter.output_statistics(self.G_sums.get(name), g, call.mask, scale)
+        self.G_sums[name] = call.output_statistics(self.G_sums.get(name), g, scale)
         if call.extra:
             sums = self.extra_sums.setdefault(name, {})
             for key, statistic in call.extra.items():

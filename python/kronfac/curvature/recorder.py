@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -57,6 +57,7 @@ class Recorder:
             summed over the positions of an example (Eschenhagen et al., arXiv:2311.00636); None leaves the adapters as
             they are.
         extra: further statistics to take of some layers, by layer name and name.
+        bare: layers of which nothing else is wanted, neither A nor G.
         generator: source of the draws on the output's device; a new one seeded with 0 when None.
 
     Attributes:
@@ -86,6 +87,7 @@ class Recorder:
         reduction: str = "mean",
         sharing: str | None = "expand",
         extra: Mapping[str, Mapping[str, ExtraStatistic]] | None = None,
+        bare: Collection[str] = (),
         generator: Generator | None = None,
     ) -> None:
         for name, value, known in (
@@ -107,6 +109,7 @@ class Recorder:
         self.model: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
         self.adapters = dict(adapters)
         self.extra = {name: dict((extra or {}).get(name, {})) for name in self.adapters}
+        self.bare = frozenset(bare)
         self.likelihood = resolve_likelihood(likelihood)
         self.fisher, self.fisher_samples = fisher, fisher_samples
         self.reduction = reduction
@@ -202,7 +205,7 @@ class Recorder:
         self._replaced = False
 
     def _nothing(self) -> Pending:
-        return Pending(adapters=self.adapters, watched=self.extra)
+        return Pending(adapters=self.adapters, watched=self.extra, bare=self.bare)
 
     def record(self, update_only: bool = False) -> AbstractContextManager[None]:
         """Record the forwards inside the context whatever the model's mode and `due`.
@@ -299,7 +302,7 @@ class Recorder:
         if reason is not None:
             self._obstacles[reason] += 1
             return
-        self._forward = Forward(update_only=self._update_only, watched=self.extra)
+        self._forward = Forward(update_only=self._update_only, watched=self.extra, bare=self.bare)
         self._edges = []
         self._stance = uncompiled(self.model)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -91,6 +91,7 @@ class Pending:
         examples: how many examples were seen.
         adapters: of all layers that are watched, in the order in which process groups exchange them.
         watched: the further statistics of each layer, by layer name and name.
+        bare: layers of which A and G are not wanted; their sums of these have no rows.
     """
 
     layers: dict[str, LayerStatistics] = field(default_factory=dict)
@@ -98,6 +99,7 @@ class Pending:
     examples: float = 0
     adapters: Mapping[str, LayerAdapter] = field(default_factory=dict, repr=False)
     watched: Mapping[str, Mapping[str, ExtraStatistic]] = field(default_factory=dict, repr=False)
+    bare: Collection[str] = ()
 
     def add(self, layers: Mapping[str, LayerStatistics], terms: float, examples: float) -> None:
         """Add the sums of one forward; the tensors may be taken over.
@@ -127,6 +129,7 @@ class Pending:
         return {
             name: KroneckerFactors(layer.A_sum / inputs, layer.G_sum / outputs)
             for name, layer, inputs, outputs in self._recorded()
+            if name not in self.bare
         }
 
     def scaled_sums(self) -> dict[str, ScaledSums]:
@@ -193,7 +196,7 @@ class Pending:
             if name not in names:
                 continue
             if name not in self.layers:
-                self.layers[name] = _zeros(self.adapters[name])
+                self.layers[name] = _zeros(self.adapters[name], bare=name in self.bare)
             layer, adapter = self.layers[name], self.adapters[name]
             layer.positions = count
             layer.extra = {
@@ -211,8 +214,20 @@ class Pending:
         self.layers = {name: self.layers[name] for name in names}
 
 
-def _zeros(adapter: LayerAdapter) -> LayerStatistics:
-    A, G = (_empty(shape, adapter) for shape in adapter.factor_shapes)
+def factor_shapes(adapter: LayerAdapter, bare: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of A and G of a layer; where they are not wanted they have no rows, and their sizes as columns."""
+    inputs, outputs = adapter.factor_sizes
+    return ((0, inputs), (0, outputs)) if bare else adapter.factor_shapes
+
+
+def no_factors(adapter: LayerAdapter) -> tuple[Tensor, Tensor]:
+    """A and G of a layer of which they are not wanted."""
+    A, G = (_empty(shape, adapter) for shape in factor_shapes(adapter, bare=True))
+    return A, G
+
+
+def _zeros(adapter: LayerAdapter, *, bare: bool) -> LayerStatistics:
+    A, G = (_empty(shape, adapter) for shape in factor_shapes(adapter, bare))
     return LayerStatistics(A, G, 0, adapter.reduces)
 
 

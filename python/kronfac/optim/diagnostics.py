@@ -15,6 +15,8 @@ from kronfac.optim.background import Background
 from kronfac.optim.layers import Layer
 from kronfac.optim.memory import held
 from kronfac.optim.structures import Averages, Factorisation
+from kronfac.optim.structures.diagonal import DIAGONAL
+from kronfac.optim.structures.ekfac import SECOND_MOMENT
 
 _ITERATIONS = 20  # of the power method; the estimate is then within a few per cent, from below
 
@@ -103,7 +105,7 @@ def _damping(layer: Layer, groups: Sequence[Mapping[str, Any]]) -> float:
 def _numbers(layer: Layer, damping: float) -> dict[str, float | None]:
     if layer.factors is None:
         return {"pi": None, "condition": None}
-    pi = None if layer.block == "dense" else _pi(layer.factors)
+    pi = _pi(layer.factors) if layer.block in ("kronecker", "diagonal_input") else None
     condition = None if layer.factorisation is None else _condition(layer, layer.factors, layer.factorisation, damping)
     return {
         "pi": None if pi is None else float(pi.log().mean().exp()),  # of groups the geometric mean
@@ -123,6 +125,9 @@ def _mean_diagonal(factor: Tensor) -> Tensor:
 
 def _condition(layer: Layer, factors: Averages, f: Factorisation, damping: float) -> Tensor | None:
     """Of the damped block, per group; None for a factorisation of another form than those known here."""
+    if layer.block == "pairs":
+        values = next((factors.extra[name] for name in (SECOND_MOMENT, DIAGONAL) if name in factors.extra), None)
+        return None if values is None else _spread(values.flatten(-2), damping)
     keys = set(f)
     if keys == {"left", "right"}:
         pi, root = _pi(factors), math.sqrt(damping)
@@ -131,17 +136,19 @@ def _condition(layer: Layer, factors: Averages, f: Factorisation, damping: float
             return left * (factors.A + pi * root).max() * f["right"].max()
         return left * _norm(_shifted(factors.A, pi * root)) * _norm(f["right"])
     if keys == {"left_vectors", "right_vectors", "eigenvalues"}:
-        values = f["eigenvalues"].flatten(-2)
-        return (values.amax(-1) + damping) / (values.amin(-1) + damping)
+        return _spread(f["eigenvalues"].flatten(-2), damping)
     if keys == {"left_vectors", "left_values", "diagonal"}:
         values, diagonal = f["left_values"], f["diagonal"]
         return (values.max() * diagonal.max() + damping) / (values.min() * diagonal.min() + damping)
     if keys == {"inverse"}:
         return _norm(_shifted(factors.G, torch.as_tensor(damping))) * _norm(f["inverse"])
     if keys == {"vectors", "values"}:
-        values = f["values"]
-        return (values.amax(-1) + damping) / (values.amin(-1) + damping)
+        return _spread(f["values"], damping)
     return None
+
+
+def _spread(values: Tensor, damping: float) -> Tensor:
+    return (values.amax(-1) + damping) / (values.amin(-1) + damping)
 
 
 def _shifted(factor: Tensor, shift: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from kronfac.optim.options import Schedule
 from kronfac.optim.refusals import refuse_compiled_in_place, refuse_model, refuse_parameters, refuse_replaced
 from kronfac.optim.report import Reporter
 from kronfac.optim.step import advance, unscale, world_size
-from kronfac.optim.structures import structure_for
+from kronfac.optim.structures import STRUCTURES, structure_for
 
 Number: TypeAlias = "float | Schedule"
 Count: TypeAlias = "int | Schedule"
@@ -79,12 +79,18 @@ class KFAC(GroupedOptimizer):
         fisher: "mc" (targets drawn from the model), "exact" (type-2/GGN) or "empirical" (the training targets).
         fisher_samples: draws per example of "mc", >= 1.
         reduction: "mean" or "sum": what `.grad` is over all examples since the last step. Only "empirical" needs it.
-        structure: "kfac", A ⊗ G for each layer; "ekfac": the eigenvalues in K-FAC's eigenbasis are measured there, as
-            second moments of the rotated per-example gradients, at every statistics step (George et al.,
-            arXiv:1806.03884); embeddings and norms, and layers whose adapter has no pairs, keep their blocks.
-            "doubly_factored": K ⊗ Ψ ⊗ G for layers with more than 1024 inputs (Ba, Grosse & Martens
-            2017; "kfac" does so above 8192, where A alone would exceed 256 MiB); a layer in groups, or with a prime
-            number of inputs, keeps its A.
+        structure: of the blocks of Linear, convolution and attention layers; embeddings, norms and adapters without
+            `pairs` keep what they have with "kfac".
+
+            - "kfac": A ⊗ G.
+            - "ekfac": the eigenvalues in the eigenbasis of A ⊗ G are measured there, as second moments of the rotated
+              per-example gradients, at every statistics step (George et al., arXiv:1806.03884).
+            - "diagonal": D = E[(per-example gradient)²], P = V ⊘ (D + λ).
+            - "mini_block": for each slice of a layer's outputs a Kronecker product in the tensor-normal form (Ren &
+              Goldfarb, arXiv:2106.02925).
+            - "doubly_factored": K ⊗ Ψ ⊗ G for layers with more than 1024 inputs (Ba, Grosse & Martens 2017); a layer in
+              groups, or with a prime number of inputs, keeps its A. All but "diagonal" do so above 8192 inputs, where A
+              alone would exceed 256 MiB.
         sharing: how the positions of a shared layer (tokens, pixels) enter the factors: "expand" counts each as an
             example, "reduce" averages the inputs and sums the gradients over those of an example (Eschenhagen et al.,
             arXiv:2311.00636), whose axis is then the first.
@@ -167,8 +173,8 @@ class KFAC(GroupedOptimizer):
                 f"KFAC: model: expected a torch.nn.Module, got {type(model).__name__}; pass the model itself"
             )
         refuse_model(model)
-        later = ("diagonal", "mini_block", "tridiagonal")
-        structure = options.choice("KFAC: structure", structure, ("kfac", "ekfac", "doubly_factored"), later)
+        later = ("tridiagonal",)
+        structure = options.choice("KFAC: structure", structure, STRUCTURES, later)
         solve = options.choice("KFAC: solve", solve, ("inverse", "eigen"))
         if options.flag("KFAC: adaptive", adaptive):
             raise ValueError("KFAC: adaptive: True is not available yet; use adaptive=False with an lr and a damping")
@@ -275,6 +281,7 @@ class KFAC(GroupedOptimizer):
             self.model,
             {layer.name: layer.adapter for layer in coverage.layers},
             extra={layer.name: layer.statistics for layer in coverage.layers},
+            bare=[layer.name for layer in coverage.layers if layer.bare],
             generator=self._generator,
             **self._recording,
         )
@@ -439,11 +446,14 @@ class KFAC(GroupedOptimizer):
         )
 
     def factors(self) -> dict[str, KroneckerFactors]:
-        """Undamped running averages, copied: ``{layer name: KroneckerFactors(A (in[+1], in[+1]), G (out, out))}``."""
+        """Undamped running averages, copied: ``{layer name: KroneckerFactors(A (in[+1], in[+1]), G (out, out))}``.
+
+        Layers that the structures "diagonal" and "mini_block" handle have none and are absent.
+        """
         return {
             layer.name: KroneckerFactors(layer.factors.A.clone(), layer.factors.G.clone())
             for layer in self._coverage.layers
-            if layer.factors is not None
+            if layer.factors is not None and not layer.bare
         }
 
     def diagnostics(self) -> dict[str, Any]:

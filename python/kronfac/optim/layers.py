@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from kronfac.curvature import ExtraStatistic, LayerAdapter, find_layers
-from kronfac.curvature.adapter import Block
 from kronfac.curvature.sharing import set_sharing
-from kronfac.optim.structures import Averages, Factorisation, Structures
+from kronfac.curvature.statistics import factor_shapes
+from kronfac.optim.structures import Averages, Factorisation, Kind, Structures
 
 _NAMED_IN_WARNING = 30
 _ONE_VALUE_PER_LAYER = ("damping", "kl_clip", "norm_constraint", "factor_every", "inverse_every", "sharing")
@@ -27,6 +27,8 @@ class Layer:
         adapter: how the layer yields statistics and its gradient matrix.
         parameters: what the adapter covered when the layers were assigned.
         groups: index of the param group of each parameter; the first is the layer's own.
+        block: what the layer's curvature is made of.
+        bare: whether it is made without A and G.
         factors: undamped running averages, None before the first statistics.
         updates: how many statistics entered the averages.
         factorisation: the newest good one, None before the first.
@@ -38,6 +40,8 @@ class Layer:
     adapter: LayerAdapter
     parameters: tuple[Tensor, ...]
     groups: tuple[int, ...]
+    block: Kind
+    bare: bool = False
     factors: Averages | None = None
     updates: int = 0
     factorisation: Factorisation | None = None
@@ -55,9 +59,9 @@ class Layer:
         return self.parameters[0].device
 
     @property
-    def block(self) -> Block:
-        """What the layer's Fisher block is made of."""
-        return self.adapter.block
+    def factor_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of A and G."""
+        return factor_shapes(self.adapter, self.bare)
 
 
 @dataclass(frozen=True)
@@ -134,9 +138,11 @@ def assign(
                 f"KFAC: params: layer {name!r}: expected all of its trainable parameters or none, {', '.join(missing)} "
                 "is missing; its curvature couples them. Add it to params, or freeze it with requires_grad_(False)"
             )
-        layer = Layer(name, adapter, parameters, tuple(group_of[id(p)] for p in parameters))
         structure.prepare(adapter)
-        layer.statistics = structure.statistics(adapter)
+        block = structure.kind(adapter)
+        layer = Layer(name, adapter, parameters, tuple(group_of[id(p)] for p in parameters), block)
+        layer.bare = not structure.by_block[block].needs_factors
+        layer.statistics = structure.by_block[block].statistics(adapter)
         before = known.get(name)
         if before is not None and same_tensors(before.parameters, parameters):
             layer.factors, layer.updates, layer.factorisation = before.factors, before.updates, before.factorisation

@@ -14,7 +14,7 @@ from torch.optim.optimizer import ParamsT
 from kronfac.optim import options
 from kronfac.optim.background import Background
 from kronfac.optim.layers import Layer, assign
-from kronfac.optim.structures import structure_for
+from kronfac.optim.structures import STRUCTURES, structure_for
 
 
 @dataclass(frozen=True)
@@ -139,12 +139,10 @@ def predict_memory(
             `params`.
     """
     where = "predict_memory"
-    try:
-        structures = structure_for(structure, solve)
-    except KeyError:
-        raise ValueError(
-            f"{where}: structure and solve: expected a pair that KFAC accepts, got {structure!r} and {solve!r}"
-        ) from None
+    structures = structure_for(
+        options.choice(f"{where}: structure", structure, STRUCTURES),
+        options.choice(f"{where}: solve", solve, ("inverse", "eigen")),
+    )
     staleness = options.whole(f"{where}: max_staleness", max_staleness)
     at_once = math.ceil(staleness / options.count(f"{where}: inverse_every", inverse_every))
     groups = _groups(where, model.parameters() if params is None else params, momentum)
@@ -155,10 +153,11 @@ def predict_memory(
     step = 0
     for layer in coverage.layers:
         item = torch.finfo(layer.dtype).bits // 8
-        A, G = layer.adapter.factor_shapes
+        A, G = layer.factor_shapes
         extra = [statistic.shape for statistic in layer.statistics.values()]
         factors = item * sum(math.prod(shape) for shape in (A, G, *extra))
-        inverses = item * sum(math.prod(shape) for shape in structures.shapes(layer.adapter).values())
+        shapes = structures.shapes(layer.adapter).values()
+        inverses = item * sum(math.prod(shape) for shape in shapes)
         numels = _numels(layer)
         result[layer.name] = LayerMemory(
             factors,
@@ -174,7 +173,7 @@ def predict_memory(
         # Fresh statistics, and the factors that a pending request keeps alive.
         step += factors * (1 + at_once) + matrix * (2 if layer.adapter.has_bias else 1)
         step += 0 if staleness else inverses
-        order = max(A[-1], G[-1])
+        order = max((size for shape in shapes for size in shape[-1:]), default=0)
         # syevd works on a copy and wants 2 n² more; a product in two steps wants its middle.
         workspaces.append(item * 3 * order * order if solve == "eigen" else matrix)
     momenta = sum(p.numel() * p.element_size() for g in groups for p in g["params"] if buffered.get(id(p), False))

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from kronfac.curvature import GradientRows, ScaledSums
-from kronfac.curvature.adapter import Block
 from kronfac.curvature.clock import timed
 from kronfac.curvature.statistics import diagonal
 from kronfac.optim.layers import Layer
-from kronfac.optim.structures import Averages, Factorisation, Structures
+from kronfac.optim.structures import Averages, Factorisation, Kind, Structures
 
 _T = TypeVar("_T")
 _SMALL = 4096  # elements; the passes over smaller tensors cost less together than the calls
@@ -113,7 +112,7 @@ def factorise(
 @timed("precondition")
 def precondition(
     structure: Structures,
-    blocks: Sequence[Block],
+    blocks: Sequence[Kind],
     grads: Sequence[Callable[[], Tensor]],
     factorisations: Sequence[Factorisation],
     damping: Sequence[float],

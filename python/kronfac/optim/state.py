@@ -193,7 +193,7 @@ def _layers(value: object, layers: Sequence[Layer], structure: Structures) -> di
     for name, entry in saved.items():
         layer, where = known[name], f"{KEY}.layers.{name}"
         fields = _mapping(where, entry, ("A", "G", "extra", "updates", "factorisation", "made"))
-        A, G = layer.adapter.factor_shapes
+        A, G = layer.factor_shapes
         factors = Averages(
             A=_tensor(f"{where}.A", fields["A"], A, layer),
             G=_tensor(f"{where}.G", fields["G"], G, layer),

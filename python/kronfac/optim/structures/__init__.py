@@ -1,22 +1,25 @@
 """How the factors of a layer are inverted and applied; `structure_for` chooses.
 
-The option `structure` says how a Kronecker-factored block is handled. Blocks of another kind (`LayerAdapter.block`: a
+The option `structure` says how a Kronecker-factored block is handled, or what is put in its place where the layer
+yields its inputs and gradients in pairs (`LayerAdapter.has_pairs`). Blocks of another kind (`LayerAdapter.block`: a
 diagonal input factor, a small dense block) have structures of their own beside it, and layers in groups are any
 structure's blocks group by group.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from kronfac.curvature import ExtraStatistic, LayerAdapter
-from kronfac.curvature.adapter import Block
+from kronfac.curvature import LayerAdapter
 from kronfac.optim.structures.base import Averages as Averages
 from kronfac.optim.structures.base import Factorisation as Factorisation
 from kronfac.optim.structures.base import Factorised as Factorised
+from kronfac.optim.structures.base import Kind as Kind
 from kronfac.optim.structures.base import Structure as Structure
 from kronfac.optim.structures.dense import DenseEigen, DenseInverse
+from kronfac.optim.structures.diagonal import Diagonal
 from kronfac.optim.structures.diagonal_input import DiagonalInputEigen, DiagonalInputInverse
 from kronfac.optim.structures.doubly_factored import (
     LARGEST_A,
@@ -29,17 +32,13 @@ from kronfac.optim.structures.doubly_factored import (
 from kronfac.optim.structures.ekfac import Ekfac
 from kronfac.optim.structures.grouped import Grouped
 from kronfac.optim.structures.kronecker import KroneckerEigen, KroneckerInverse
+from kronfac.optim.structures.mini_block import MiniBlock
 
-_KRONECKER: dict[tuple[str, str], type[Structure]] = {
-    ("kfac", "inverse"): KroneckerInverse,
-    ("kfac", "eigen"): KroneckerEigen,
-    ("ekfac", "eigen"): Ekfac,
-    ("doubly_factored", "inverse"): KroneckerInverse,  # of the layers that are small enough
-    ("doubly_factored", "eigen"): KroneckerEigen,
-}
-ALWAYS_EIGEN = ("ekfac",)
-"""Structures that are applied in an eigenbasis, whatever `solve` is."""
-_OTHERS: dict[str, dict[Block, type[Structure]]] = {
+STRUCTURES = ("kfac", "ekfac", "diagonal", "mini_block", "doubly_factored")
+"""What the option `structure` may be."""
+
+_KRONECKER: Mapping[str, type[Structure]] = {"inverse": KroneckerInverse, "eigen": KroneckerEigen}
+_OTHERS: Mapping[str, Mapping[Kind, type[Structure]]] = {
     "inverse": {
         "doubly_factored": DoublyFactoredInverse,
         "diagonal_input": DiagonalInputInverse,
@@ -58,23 +57,25 @@ class Structures:
     """A structure for every kind of block.
 
     Attributes:
-        name: of the structure of Kronecker-factored blocks; a checkpoint of another name is refused.
+        name: of the structure and the way it is inverted; a checkpoint of another name is refused.
         by_block: the structure of each kind.
         largest_input: inputs of a layer above which it is factored doubly.
     """
 
     name: str
-    by_block: Mapping[Block, Structure]
-    largest_input: int = LARGEST_A
+    by_block: Mapping[Kind, Structure]
+    largest_input: float = LARGEST_A
 
     @property
     def by_rows(self) -> bool:
         """Whether gradients given by their rows are of use to any layer."""
-        return any(structure.by_rows for structure in self.by_block.values())
+        # Layers that have rows have pairs.
+        return "pairs" not in self.by_block and any(structure.by_rows for structure in self.by_block.values())
 
-    def statistics(self, adapter: LayerAdapter) -> Mapping[str, ExtraStatistic]:
-        """The further statistics of a layer, by name."""
-        return self.by_block[adapter.block].statistics(adapter)
+    def kind(self, adapter: LayerAdapter) -> Kind:
+        """Which structure of `by_block` handles a layer."""
+        joint = "pairs" in self.by_block and adapter.has_pairs and adapter.block == "kronecker"
+        return "pairs" if joint else adapter.block
 
     def prepare(self, adapter: LayerAdapter) -> None:
         """Choose the kind of block where there is a choice; before the adapter has taken any statistics."""
@@ -82,7 +83,7 @@ class Structures:
 
     def of(self, adapter: LayerAdapter) -> Structure:
         """The structure that `factorise` is to be called on for a layer."""
-        structure = self.by_block[adapter.block]
+        structure = self.by_block[self.kind(adapter)]
         if isinstance(structure, DoublyFactored) and adapter.input_shape is not None:
             return structure.of_shape(adapter.input_shape)
         return structure
@@ -95,11 +96,22 @@ class Structures:
 
 
 def structure_for(structure: str, solve: str) -> Structures:
-    """The structures that KFAC's options `structure` and `solve` name (both checked by the caller)."""
-    if structure in ALWAYS_EIGEN:
+    """The structures that KFAC's options `structure` and `solve` name (both checked by the caller).
+
+    "ekfac" lives in the eigenbasis, where exact damping costs nothing more: `solve` is "eigen" then for every layer.
+    """
+    if structure == "ekfac":
         solve = "eigen"
-    kronecker = _KRONECKER[structure, solve]()
-    others = {block: kind() for block, kind in _OTHERS[solve].items()}
-    name = kronecker.name if structure in ("kfac", "ekfac") else f"{structure}/{solve}"
-    largest = LARGEST_A_IF_ASKED if structure == "doubly_factored" else LARGEST_A
-    return Structures(name, {"kronecker": Grouped(kronecker), **others}, largest)
+    kronecker = _KRONECKER[solve]()
+    by_block: dict[Kind, Structure] = {block: kind() for block, kind in _OTHERS[solve].items()}
+    by_block["kronecker"] = Grouped(kronecker)
+    if structure == "ekfac":
+        by_block["pairs"] = Grouped(Ekfac())
+        return Structures("ekfac", by_block)
+    name = f"{structure}/{solve}"
+    if structure == "diagonal":  # which has no A that could be too large
+        by_block["pairs"] = Diagonal()
+        return Structures(name, by_block, math.inf)
+    if structure == "mini_block":
+        by_block["pairs"] = MiniBlock(kronecker)
+    return Structures(name, by_block, LARGEST_A_IF_ASKED if structure == "doubly_factored" else LARGEST_A)

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import Literal, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from kronfac.curvature import ExtraStatistic, GradientRows, LayerAdapter
+from kronfac.curvature.adapter import Block
+
+Kind: TypeAlias = Block | Literal["pairs"]
+"""What a layer's curvature is made of: a kind of block of A and G, or joint statistics of inputs and gradients."""
 
 Factorisation: TypeAlias = "dict[str, Tensor]"
 """What `Structure.factorise` keeps per layer: tensors by name, which is also what a checkpoint stores."""
@@ -23,8 +27,8 @@ class Averages(NamedTuple):
     """Undamped running averages of one layer.
 
     Attributes:
-        A: as in `kronfac.curvature.KroneckerFactors`.
-        G: likewise.
+        A: as in `kronfac.curvature.KroneckerFactors`; (0, in) where the structure does without.
+        G: likewise; (0, out) there.
         extra: of the further statistics that the structure has asked for, by name; one that could not be taken so far
             is absent.
     """
@@ -61,6 +65,10 @@ class Structure(Protocol):
     @property
     def by_rows(self) -> bool:
         """Whether `apply_rows` is there."""
+
+    @property
+    def needs_factors(self) -> bool:
+        """Whether A and G are needed."""
 
     def shapes(self, outputs: int, inputs: int) -> Mapping[str, tuple[int, ...]]:
         """Shape of each tensor of a layer's `Factorisation`; a checkpoint is checked against it."""
@@ -115,7 +123,9 @@ class Structure(Protocol):
 
 
 class FactorsOnly:
-    """For structures that are made of A and G alone."""
+    """For structures that are made of A and G alone, or of statistics that no factorisation changes."""
+
+    needs_factors = True
 
     def statistics(self, adapter: LayerAdapter) -> Mapping[str, ExtraStatistic]:
         """None."""
@@ -126,13 +136,13 @@ class FactorsOnly:
         """There is nobody to tell."""
 
     def carry(self, averages: Averages, old: Factorisation | None, new: Factorisation) -> Mapping[str, Tensor]:
-        """There are none."""
+        """They stay."""
         del old, new
         return averages.extra
 
 
 class WithoutRows(FactorsOnly):
-    """For structures of A and G that need the gradient matrix itself."""
+    """The same for those that need the gradient matrix itself."""
 
     by_rows = False
 

@@ -51,7 +51,7 @@ def damping_of_three(means: Tensor, damping: Tensor) -> Tensor:
     return (logs - logs.mean(0) + damping.log() / 3).exp()
 
 
-def factor_doubly(adapter: LayerAdapter, above: int) -> None:
+def factor_doubly(adapter: LayerAdapter, above: float) -> None:
     """Have a layer with more than `above` inputs (the bias not counted) keep K and Ψ instead of A, where it can.
 
     Args:

@@ -23,11 +23,12 @@ class Ekfac:
 
     The basis is renewed with the inverses, S with the statistics. S begins as λ_G λ_Aᵀ, K-FAC's own eigenvalues. When
     the basis changes from Q to Q', S becomes the diagonal in the new basis of the approximation that it stood for:
-    (U_G∘U_G) S (U_A∘U_A)ᵀ with U = Q'ᵀ Q. Layers whose adapter has no pairs keep λ_G λ_Aᵀ.
+    (U_G∘U_G) S (U_A∘U_A)ᵀ with U = Q'ᵀ Q.
     """
 
     name = "ekfac"
     by_rows = False
+    needs_factors = True
 
     def shapes(self, outputs: int, inputs: int) -> Mapping[str, tuple[int, ...]]:
         """Eigenvectors and eigenvalues of G ("left_...") and of A ("right_...")."""
@@ -39,8 +40,8 @@ class Ekfac:
         }
 
     def statistics(self, adapter: LayerAdapter) -> Mapping[str, ExtraStatistic]:
-        """S, where the layer yields the pairs that it is made of."""
-        return {SECOND_MOMENT: RotatedSquares(adapter)} if adapter.has_pairs else {}
+        """S."""
+        return {SECOND_MOMENT: RotatedSquares(adapter)}
 
     def renew(self, statistics: Mapping[str, ExtraStatistic], factorisation: Factorisation | None) -> None:
         """Take S in the newest basis."""
@@ -82,7 +83,7 @@ class Ekfac:
         self, grads: Sequence[Tensor], factorisations: Sequence[Factorisation], damping: Sequence[float]
     ) -> tuple[list[Tensor], Tensor]:
         """See `Structure.apply`."""
-        eigenvalues = [f[SECOND_MOMENT] if SECOND_MOMENT in f else _product(f) for f in factorisations]
+        eigenvalues = [f[SECOND_MOMENT] for f in factorisations]
         return ops.eigen_precondition(
             grads,
             [f["left_vectors"] for f in factorisations],

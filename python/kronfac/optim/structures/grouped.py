@@ -30,6 +30,11 @@ class Grouped:
         return self.inner.name
 
     @property
+    def needs_factors(self) -> bool:
+        """That of the inner structure."""
+        return self.inner.needs_factors
+
+    @property
     def by_rows(self) -> bool:
         """That of the inner structure; only layers without groups have rows."""
         return self.inner.by_rows
