@@ -86,7 +86,7 @@ def test_index_begins_like_the_readme() -> None:
     assert first == same
 
 
-@pytest.mark.parametrize("option", [{"structure": "tridiagonal"}, {"adaptive": True}], ids=str)
+@pytest.mark.parametrize("option", [{"structure": "tridiagonal"}], ids=str)
 def test_what_the_guide_calls_refused_is_refused(option: dict[str, Any]) -> None:
     """When this fails because an option works now, the guide and kfac.md have to say so."""
     with pytest.raises(ValueError, match="not available yet"):

@@ -67,7 +67,6 @@ def test_bad_options_are_refused_by_name_and_leave_no_hooks(option: str, value: 
     "options",
     [
         {"structure": "tridiagonal"},
-        {"adaptive": True},
     ],
     ids=str,
 )

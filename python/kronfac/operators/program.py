@@ -98,7 +98,7 @@ class Program(nn.Module):
         outputs, cuts, loss = functional_call(self, values, (batch, True), tie_weights=True)
         self._check_loss(loss, before)
         self._check_graph([loss, *outputs], chosen)
-        if _variables(_nodes([loss])) & {id(leaf) for leaf in leaves}:
+        if leaf_variables(graph_nodes([loss])) & {id(leaf) for leaf in leaves}:
             raise ValueError(
                 f"{self.caller}: loss_fn: the loss depends on parameters other than through the model's output (a "
                 "regulariser?), which the Gauss-Newton matrix does not see; take that term out and add its Hessian, "
@@ -165,23 +165,14 @@ class Program(nn.Module):
         if self._graph_checked:
             return
         originals = {id(parameter) for parameter in [*self.model.parameters(), *chosen.values()]}
-        nodes = _nodes(roots)
-        if _variables(nodes) & originals:
+        nodes = graph_nodes(roots)
+        if leaf_variables(nodes) & originals:
             raise ValueError(
                 f"{self.caller}: model, loss_fn: parameters are used through references of its own (a list made "
                 "beforehand, a closure), which would be left out of the derivative; take them from the model's "
                 "attributes or model.parameters() when called"
             )
-        for node in nodes:
-            function = getattr(type(node), "_forward_cls", None)
-            code = getattr(getattr(function, "backward", None), "__code__", None)
-            # The decorator's `wrapper` lives in torch's own file. It raises only where the incoming gradient has a
-            # graph; elsewhere the result is taken for a constant, and the second derivative is silently zero.
-            if code is not None and (code.co_name, code.co_filename) == ("wrapper", torch.autograd.function.__file__):
-                raise RuntimeError(
-                    f"{self.caller}: the loss cannot be differentiated twice: {type(node).__name__} is marked with "
-                    "@once_differentiable; replace it by a function whose backward is made of differentiable operations"
-                )
+        refuse_once_differentiable(nodes, self.caller)
         self._graph_checked = True
 
 
@@ -271,7 +262,25 @@ def differentiate(
     )
 
 
-def _nodes(roots: Sequence[Tensor]) -> set[Any]:
+def refuse_once_differentiable(nodes: set[Any], caller: str) -> None:
+    """Refuse a graph with a function of which autograd would take the second derivative for zero.
+
+    Raises:
+        RuntimeError: a node is marked with @once_differentiable.
+    """
+    for node in nodes:
+        function = getattr(type(node), "_forward_cls", None)
+        code = getattr(getattr(function, "backward", None), "__code__", None)
+        # The decorator's `wrapper` lives in torch's own file. It raises only where the incoming gradient has a
+        # graph; elsewhere the result is taken for a constant, and the second derivative is silently zero.
+        if code is not None and (code.co_name, code.co_filename) == ("wrapper", torch.autograd.function.__file__):
+            raise RuntimeError(
+                f"{caller}: the loss cannot be differentiated twice: {type(node).__name__} is marked with "
+                "@once_differentiable; replace it by a function whose backward is made of differentiable operations"
+            )
+
+
+def graph_nodes(roots: Sequence[Tensor]) -> set[Any]:
     """All nodes of the graphs that end in the given tensors."""
     seen: set[Any] = set()
     stack: list[Any] = [root.grad_fn for root in roots]
@@ -283,6 +292,6 @@ def _nodes(roots: Sequence[Tensor]) -> set[Any]:
     return seen
 
 
-def _variables(nodes: set[Any]) -> set[int]:
+def leaf_variables(nodes: set[Any]) -> set[int]:
     """Identities of the leaf tensors that gradients of these nodes accumulate in."""
     return {id(node.variable) for node in nodes if hasattr(node, "variable")}

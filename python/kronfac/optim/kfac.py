@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -15,6 +16,7 @@ from torch.optim.optimizer import ParamsT, StateDict
 
 from kronfac.curvature import KroneckerFactors, Likelihood, Recorder, ScaledSums, resolve_likelihood
 from kronfac.curvature.clock import Clock
+from kronfac.optim import adaptive as control
 from kronfac.optim import options
 from kronfac.optim import state as checkpoint
 from kronfac.optim.averaging import IterateAverage
@@ -27,6 +29,7 @@ from kronfac.optim.memory import MemoryReport, held
 from kronfac.optim.moved import follow
 from kronfac.optim.options import Schedule
 from kronfac.optim.refusals import refuse_compiled_in_place, refuse_model, refuse_parameters, refuse_replaced
+from kronfac.optim.replay import Replayer
 from kronfac.optim.report import Reporter
 from kronfac.optim.step import advance, unscale, world_size
 from kronfac.optim.structures import STRUCTURES, structure_for
@@ -138,7 +141,7 @@ class KFAC(GroupedOptimizer):
     def __init__(
         self,
         model: nn.Module,
-        lr: Number,
+        lr: Number | None = None,
         *,
         params: ParamsT | None = None,
         momentum: Number = 0.9,
@@ -176,9 +179,12 @@ class KFAC(GroupedOptimizer):
         later = ("tridiagonal",)
         structure = options.choice("KFAC: structure", structure, STRUCTURES, later)
         solve = options.choice("KFAC: solve", solve, ("inverse", "eigen"))
-        if options.flag("KFAC: adaptive", adaptive):
-            raise ValueError("KFAC: adaptive: True is not available yet; use adaptive=False with an lr and a damping")
         max_staleness = options.whole("KFAC: max_staleness", max_staleness)
+        if adaptive and max_staleness:
+            raise ValueError(
+                "KFAC: max_staleness: expected 0 with adaptive=True, which compares the inverses of several dampings at "
+                f"the step that they are made for, got {max_staleness}"
+            )
         for name, function in (("output", output), ("mask", mask)):
             if function is not None and not callable(function):
                 raise TypeError(f"KFAC: {name}: expected a callable or None, got {function!r}")
@@ -187,6 +193,9 @@ class KFAC(GroupedOptimizer):
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
             raise TypeError(f"KFAC: seed: expected an integer or None, got {seed!r}")
         self.model, self._arguments = model, arguments
+        self._adaptive = options.flag("KFAC: adaptive", adaptive)
+        self.adaptation: control.Adaptation | None = None
+        self._replayer = Replayer(model, output, mask)
         self.structure = structure_for(structure, solve)
         self.factor_decay = options.number("KFAC: factor_decay", factor_decay, high=1.0, open_high=False)
         self.fisher = options.choice("KFAC: fisher", fisher, ("mc", "exact", "empirical"))
@@ -235,12 +244,20 @@ class KFAC(GroupedOptimizer):
             "inverse_every": inverse_every,
             "sharing": sharing,
         }
+        if self._adaptive:
+            control.check_options("KFAC", defaults)
+            control.check_method(grad_scaler, reduction)
+            defaults["lr"] = 1.0  # of the step δ as a whole, whose learning rate is α
+        elif lr is None:
+            raise TypeError("KFAC: lr: expected a number or a callable of the step; adaptive=True does without")
         super().__init__(chosen, defaults)
         self.register_state_dict_post_hook(_add_own_part)  # the first one: later hooks see the whole checkpoint
 
         refuse_parameters(model, self.param_groups)
         self.clip_scales: list[Tensor | None] = [None] * len(self.param_groups)
         self.norm_scales: list[Tensor | None] = [None] * len(self.param_groups)
+        if self._adaptive:
+            self.adaptation = control.Adaptation.start(self.param_groups)
         self._coverage = Coverage([])
         self._generator = torch.Generator(self._home())
         self._generator.manual_seed(((torch.initial_seed() if seed is None else seed) + _rank()) % 2**64)
@@ -255,6 +272,10 @@ class KFAC(GroupedOptimizer):
         Raises:
             TypeError, ValueError: as at construction; the optimizer is then as it was.
         """
+        if self._adaptive and isinstance(param_group, dict):
+            control.check_options(f"KFAC: params[{len(self.param_groups)}]", param_group)
+            if self.adaptation is not None:
+                param_group = {"damping": self.adaptation.damping, **param_group}
         super().add_param_group(param_group)
         if self._recorder is None:  # under construction: the layers are assigned once all groups are there
             return
@@ -328,19 +349,26 @@ class KFAC(GroupedOptimizer):
         if self._averaging is not None and self._averaging.swapped:
             raise RuntimeError("KFAC.step: inside averaged_parameters() the parameters are not those to be trained")
         loss: float | None = None
-        if closure is not None:
+        trial: control.Trial | None = None
+        if self._adaptive:
+            trial = control.Trial(closure, self._replayer, self._live_recorder(), self.model, self._parameters())
+            loss = trial.returned
+        elif closure is not None:
             with torch.enable_grad():
                 loss = closure()
         timing = nullcontext() if self._clock is None else self._clock.active()
-        with torch.no_grad(), torch.autocast(self._home().type, enabled=False), timing:
-            self._step()
+        try:
+            with torch.no_grad(), torch.autocast(self._home().type, enabled=False), timing:
+                self._step(trial)
+        finally:
+            self._replayer.calls = []  # they hold the batch
         if self._clock is not None:
             if self._background is not None:
                 self._clock.add("background", self._background.seconds)
             self._clock.finish()
         return loss
 
-    def _step(self) -> None:
+    def _step(self, trial: control.Trial | None) -> None:
         self._resolve(self._counters["step"])
         check_layers(self._coverage.layers, self.param_groups)
         self._refuse_sparse()
@@ -357,6 +385,9 @@ class KFAC(GroupedOptimizer):
         if found_inf is not None:
             found_inf = torch.as_tensor(found_inf)  # the sum over no devices, when there is no gradient, is the int 0
         awaited = recorder.due
+        if self.adaptation is not None:
+            control.check_groups(self.param_groups, self.adaptation)
+            control.check_scale(scale, found_inf)
         pending = recorder.collect(loss_scale=self._loss_scale(scale, found_inf))
         pending.all_reduce()
         rows = recorder.rows.take()
@@ -373,18 +404,19 @@ class KFAC(GroupedOptimizer):
         self._generator = recorder.generator  # another one where the model has moved to another device
         if scale is not None:
             unscale(self.param_groups, scale)
-        outcome = advance(
-            structure=self.structure,
-            layers=layers,
-            groups=self.param_groups,
-            state=self.state,
-            fresh=fresh,
-            factor_decay=self.factor_decay,
-            step=self._counters["step"],
-            found_inf=found_inf,
-            rows=rows,
-            background=self._background,
-        )
+        arguments: dict[str, Any] = {
+            "structure": self.structure,
+            "layers": layers,
+            "groups": self.param_groups,
+            "state": self.state,
+            "fresh": fresh,
+            "factor_decay": self.factor_decay,
+            "step": self._counters["step"],
+        }
+        if self.adaptation is None or trial is None:
+            outcome = advance(**arguments, found_inf=found_inf, rows=rows, background=self._background)
+        else:
+            outcome = control.advance_adaptively(self.adaptation, **arguments, likelihood=self.likelihood, trial=trial)
         if outcome.applied:
             self._eager = self._eager and not fresh
             self._counters["step"] += 1
@@ -441,6 +473,7 @@ class KFAC(GroupedOptimizer):
         # No use for rows that cannot form .grad at the step: decayed, scaled or summed over processes.
         recorder.rows.enabled = (
             self.structure.by_rows
+            and not self._adaptive
             and world_size() == 1
             and any(group["decoupled"] or not group["weight_decay"] for group in self.param_groups)
         )
@@ -587,7 +620,10 @@ class KFAC(GroupedOptimizer):
             layers=self._coverage.layers,
             groups=self.param_groups,
             averaging=self._averaging is not None,
+            adaptive=None if self.adaptation is None else [field.name for field in dataclasses.fields(self.adaptation)],
         )
+        if loaded.adaptive is not None:
+            self.adaptation = control.Adaptation(**loaded.adaptive)  # type: ignore[arg-type]
         if self._averaging is not None:
             self._averaging.restore(self._parameters(), loaded.averages)
         for layer in self._coverage.layers:
@@ -644,6 +680,7 @@ def _add_own_part(optimizer: Optimizer, state_dict: StateDict) -> None:
         parameters=optimizer._parameters(),
         averaging=optimizer._averaging,
         background=optimizer._background,
+        adaptive=None if optimizer.adaptation is None else dataclasses.asdict(optimizer.adaptation),
     )
 
 

@@ -43,8 +43,8 @@ class Reporter:
         if not outcome.applied:
             self.once(
                 "skip",
-                f"KFAC: {_culprit(model, parameters)} not finite; the step was skipped, parameters and statistics are "
-                "unchanged (optimizer.skipped_steps counts such steps; this is said once)",
+                f"KFAC: {outcome.cause or _culprit(model, parameters)} not finite; the step was skipped, parameters "
+                "and statistics are unchanged (optimizer.skipped_steps counts such steps; this is said once)",
             )
         if outcome.failures:
             self.once(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -50,6 +51,7 @@ class Loaded:
         layers: what is kept for each layer that has statistics, by name.
         averages: of the iterates, by the parameter's position.
         pending: inverses that were asked for and are not in use yet, oldest first.
+        adaptive: fields of `Adaptation`, None for a checkpoint without.
     """
 
     base: dict[str, Any]
@@ -61,6 +63,7 @@ class Loaded:
     layers: dict[str, LayerState]
     averages: dict[int, Averaged]
     pending: list[Finished]
+    adaptive: dict[str, float | None] | None
 
 
 def pack(
@@ -72,7 +75,8 @@ def pack(
     layers: Sequence[Layer],
     parameters: Sequence[Tensor],
     averaging: IterateAverage | None,
-    background: Background | None = None,
+    background: Background | None,
+    adaptive: Mapping[str, float | None] | None,
 ) -> dict[str, Any]:
     """K-FAC's part of the state_dict: tensors, numbers and strings only, so that ``weights_only=True`` loads it.
 
@@ -100,6 +104,7 @@ def pack(
             for layer in layers
             if layer.factors is not None
         },
+        "adaptive": None if adaptive is None else dict(adaptive),
         "averages": None
         if averaging is None
         else {
@@ -126,6 +131,7 @@ def check(
     layers: Sequence[Layer],
     groups: Sequence[Mapping[str, Any]],
     averaging: bool,
+    adaptive: Sequence[str] | None,
 ) -> Loaded:
     """Check a whole checkpoint against an optimizer without touching the optimizer.
 
@@ -162,6 +168,7 @@ def check(
         averages=_averages(own.get("averages"), [p for group in groups for p in group["params"]], averaging),
         layers=kept,
         pending=_pending(own["pending"], layers, structure, kept, counters["step"]),
+        adaptive=_adaptive(own.get("adaptive"), adaptive),
     )
 
 
@@ -311,6 +318,25 @@ def _averages(value: object, parameters: Sequence[Tensor], wanted: bool) -> dict
         count = _integer(f"{where}[{index}].count", fields["count"])
         result[index] = Averaged(tensor.detach().to(parameter.device, average_dtype(parameter), copy=True), count)
     return result
+
+
+def _adaptive(value: object, names: Sequence[str] | None) -> dict[str, float | None] | None:
+    where = f"{KEY}.adaptive"
+    if (value is None) != (names is None):
+        written = "without" if value is None else "with"
+        raise ValueError(
+            f"{_WHERE}: {where}: the checkpoint was written {written} adaptive=True; make the optimizer so"
+        )
+    if names is None:
+        return None
+    fields = _mapping(where, value, names)
+    for name in names:
+        held = fields[name]
+        wanted = "a positive number" if name in ("gamma", "damping") else "a number or None"
+        fits = isinstance(held, float) and math.isfinite(held) and (held > 0 or name not in ("gamma", "damping"))
+        if not fits and not (held is None and name not in ("gamma", "damping")):
+            raise ValueError(f"{_WHERE}: {where}.{name}: expected {wanted}, got {_describe(held)}")
+    return {name: fields[name] for name in names}
 
 
 def _generator_state(kind: Mapping[Any, Any], generator: torch.Generator) -> Tensor:

@@ -42,6 +42,7 @@ class Outcome:
         clip_scales: the KL clip's factor per param group, None where nothing was clipped.
         norm_scales: the norm constraint's factor per param group, None where there is none.
         bare: names of layers with gradients but no statistics so far; they were updated as SGD.
+        cause: why the step was not applied, to be followed by "not finite"; "" where the reporter is to find out.
     """
 
     applied: bool
@@ -50,6 +51,7 @@ class Outcome:
     clip_scales: list[Tensor | None] = field(default_factory=list)
     norm_scales: list[Tensor | None] = field(default_factory=list)
     bare: tuple[str, ...] = ()
+    cause: str = ""
 
 
 def advance(
