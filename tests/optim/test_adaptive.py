@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -13,10 +14,11 @@ from sklearn import datasets
 from torch import Tensor, nn
 from torch.nn import functional
 
+from kronfac.curvature import Categorical
 from kronfac.optim import KFAC
 from kronfac.optim.adaptive import Adaptation
 from tests.optim.martens_grosse import Dense
-from tests.optim.models import equal, frozen_state, mlp, same_tree, snapshot, vectors
+from tests.optim.models import equal, frozen_state, images, mlp, same_tree, snapshot, vectors
 from tests.optim.test_state import through_a_file
 
 
@@ -280,6 +282,57 @@ def test_groups_with_and_without_decay_and_a_later_group() -> None:
     for _ in range(10):
         last = optimizer.step(closure_of(model, optimizer, x, y))
     assert last < first
+
+
+class Tagger(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(7, 8)
+        self.block = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.memory = nn.LSTM(8, 4, batch_first=True)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.memory(self.block(self.tokens(x)))[0])  # type: ignore[no-any-return]
+
+
+@pytest.mark.filterwarnings("ignore:KFAC.*covered by no layer adapter")
+@pytest.mark.parametrize("kind", ["images", "tokens", "bfloat16", "autocast", "eval mode", "empirical"])
+def test_models_of_all_kinds_train(kind: str) -> None:
+    options: dict[str, Any] = {"fisher": "empirical"} if kind == "empirical" else {}
+    model: nn.Module = mlp(3, 8, 3)
+    x, y = vectors(24, 3, 3)
+    if kind == "images":
+        model = nn.Sequential(
+            nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(64, 5)
+        )
+        x, y = images(24)
+    elif kind == "tokens":
+        model, x, y = Tagger(), torch.randint(7, (6, 5)), torch.randint(3, (6, 5))
+        options["likelihood"] = Categorical(dim=-1)
+    elif kind == "bfloat16":
+        model, x = model.bfloat16(), x.bfloat16()
+    optimizer = KFAC(model, adaptive=True, **options)
+    if kind == "eval mode":
+        model.eval()
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
+            out = model(x)
+        loss = functional.cross_entropy(out.float().flatten(0, -2), y.flatten())
+        loss.backward()
+        return loss.item()
+
+    losses = []
+    for _ in range(12):
+        with optimizer.record_statistics() if kind == "eval mode" else nullcontext():
+            losses.append(optimizer.step(closure))
+    assert min(losses) < 0.8 * losses[0]
+    assert losses[-1] < losses[0]
+    assert optimizer.skipped_steps == 0
+    assert adaptation(optimizer).rho is not None
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
 
 
 def test_several_forwards_in_a_closure_are_one_batch() -> None:

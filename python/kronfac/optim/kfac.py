@@ -66,7 +66,8 @@ class KFAC(GroupedOptimizer):
 
     Args:
         model: the module to train. Statistics are taken in its training-mode forwards under grad mode.
-        lr: learning rate, >= 0. While the KL clip is active the step length does not depend on it.
+        lr: learning rate, >= 0. While the KL clip is active the step length does not depend on it. Left out with
+            `adaptive`.
         params: what to train, as in torch: tensors, (name, tensor) pairs, or dicts of groups; None for all parameters
             of the model. Groups may set lr, momentum, nesterov, weight_decay, decoupled, damping, kl_clip,
             norm_constraint, factor_every, inverse_every and sharing.
@@ -112,7 +113,9 @@ class KFAC(GroupedOptimizer):
         max_staleness: s >= 0. With s > 0 inverses are made by a background thread: those of step k come into use at
             step k + s exactly, which waits for them if need be, so that training depends on s but never on the speed of
             the machine. A layer's first inverse is made at once. Layers on the CPU only.
-        adaptive: False.
+        adaptive: choose learning rate, momentum and both dampings at every step (Martens & Grosse, sections 6.4-6.6 and
+            7). `step` then needs a closure. lr, momentum, nesterov, decoupled, the clips and callables for damping are
+            to be left alone; damping is where λ starts. See docs/kfac.md.
         grad_scaler: the `torch.amp.GradScaler` in use; only needed for fisher="empirical" when gradients are unscaled
             (`unscale_`) before the step.
         seed: of the sampler's own generator; None takes `torch.initial_seed()`. Under a process group the rank is
@@ -125,6 +128,8 @@ class KFAC(GroupedOptimizer):
         clip_scales: per param group, the factor ν that the KL clip applied in the last step (0-dimensional tensor on
             the device), None where nothing was clipped.
         norm_scales: per param group, the factor that the norm constraint applied in the last step, likewise.
+        adaptation: with `adaptive`, what is adapted and measured, as plain numbers: `damping` (λ), `gamma` (γ), `alpha`
+            and `mu` (α, μ of the last step), `rho` (last reduction ratio), `model_change`; None without.
         skipped_steps: steps that were skipped for non-finite values, GradScaler's included.
         inverse_failures: layers whose inverse could not be renewed, so that the last good one was kept.
         inverse_retries: factors that needed more damping than asked for.
@@ -182,8 +187,8 @@ class KFAC(GroupedOptimizer):
         max_staleness = options.whole("KFAC: max_staleness", max_staleness)
         if adaptive and max_staleness:
             raise ValueError(
-                "KFAC: max_staleness: expected 0 with adaptive=True, which compares the inverses of several dampings at "
-                f"the step that they are made for, got {max_staleness}"
+                "KFAC: max_staleness: expected 0 with adaptive=True, which compares the inverses of several dampings "
+                f"at the step that they are made for, got {max_staleness}"
             )
         for name, function in (("output", output), ("mask", mask)):
             if function is not None and not callable(function):
@@ -335,16 +340,20 @@ class KFAC(GroupedOptimizer):
         """Commit pending statistics, renew inverses when due, and update the parameters.
 
         Args:
-            closure: re-evaluates the model and returns the loss, as in torch; called once, under grad mode.
+            closure: re-evaluates the model and returns the loss, as in torch; called once, under grad mode. With
+                `adaptive` it is called again after every fifth step, from the same random numbers, and its forwards are
+                run again; of the model's and the optimizer's state only what the first call did stays.
 
         Returns:
-            What the closure returned, None without one.
+            What the closure returned first, None without one.
 
         Raises:
             RuntimeError: no statistics were ever recorded; the message names the likely causes.
             TypeError, ValueError: an option that a scheduler or callable has moved out of its range.
             ValueError: a sparse gradient; fisher="empirical" with gradients unscaled by a GradScaler that was not
-                passed.
+                passed; `adaptive` without a closure, under a GradScaler or under an lr scheduler.
+            RuntimeError, TypeError: with `adaptive`, a closure that does not call the model or returns no loss, a model
+                that cannot be differentiated in forward mode or twice.
         """
         if self._averaging is not None and self._averaging.swapped:
             raise RuntimeError("KFAC.step: inside averaged_parameters() the parameters are not those to be trained")
