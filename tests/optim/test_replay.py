@@ -161,6 +161,20 @@ def test_both_modes_agree_and_parameters_without_direction_stand_still(forward_m
     assert float(pushed.tangents[1].abs().sum()) == 0
 
 
+def test_a_parameter_outside_the_model_takes_part() -> None:
+    scale = nn.Parameter(torch.tensor([2.0, 3.0, 4.0]))
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh())
+    x = torch.randn(6, 4)
+    replayer, _ = remembered(model, x, output=lambda out: out * scale)
+    vector: dict[Tensor, Tensor] = {scale: torch.ones(3)}
+    pushed = replayer.push(replayer.calls[0], [vector])
+    torch.testing.assert_close(pushed.tangents[0], model(x).detach())
+    assert scale.requires_grad
+    replayer._forward_mode = False
+    with pytest.raises(RuntimeError, match="through references"):
+        replayer.push(replayer.calls[0], [vector])
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("forward_mode", [True, False])
 def test_a_replay_leaves_no_trace(forward_mode: bool) -> None:

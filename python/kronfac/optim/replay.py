@@ -98,6 +98,9 @@ class Replayer:
         hook = self._model.register_forward_pre_hook(self._remember, prepend=True, with_kwargs=True)
         try:
             yield
+        except BaseException:
+            self.calls = []
+            raise
         finally:
             hook.remove()
 
@@ -154,7 +157,12 @@ class Replayer:
         tangents: list[Tensor] = []
         logits, mask = torch.empty(0), None
         for direction in directions or [{}]:
-            with self._again(call), _frozen(self._model), forward_ad.dual_level(), _ConstantsUnderNoGrad():
+            with (
+                self._again(call),
+                _frozen([*self._model.parameters(), *direction]),
+                forward_ad.dual_level(),
+                _ConstantsUnderNoGrad(),
+            ):
                 for parameter, tangent in direction.items():
                     # In place: whatever refers to the parameter sees a dual number of the same value.
                     parameter.copy_(forward_ad.make_dual(parameter.detach(), tangent))  # type: ignore[no-untyped-call]
@@ -171,7 +179,7 @@ class Replayer:
         with self._again(call):
             result, mask = self._run(call, leaves)
             nodes = graph_nodes([result])
-            if leaf_variables(nodes) & {id(parameter) for parameter in moving.values()}:
+            if leaf_variables(nodes) & {id(parameter) for some in directions for parameter in some}:
                 raise RuntimeError("parameters are used through references of the model's own")
             refuse_once_differentiable(nodes, _CALLER)
             if not result.requires_grad:
@@ -238,9 +246,9 @@ class _ConstantsUnderNoGrad(TorchFunctionMode):
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter requires a gradient inside, so that gradients are enabled but no graph is made."""
-    training = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def _frozen(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """None of the parameters requires a gradient inside, so that gradients are enabled but no graph is made."""
+    training = [parameter for parameter in parameters if parameter.requires_grad]
     # Attention would take its inference kernel, which has no forward mode.
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
