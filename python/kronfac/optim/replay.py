@@ -228,7 +228,9 @@ class Replayer:
             stack.enter_context(differentiable_twice(self._model))
             if any(isinstance(module, nn.RNNBase) for module in self._model.modules()):
                 # oneDNN's recurrent kernels have neither forward mode nor a second derivative; torch's own cells do.
-                stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+                with warnings.catch_warnings():  # setting any of its flags warns once of those for other devices
+                    warnings.simplefilter("ignore", UserWarning)
+                    stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
             stack.enter_context(preserved_streams(call.streams))
             for module, mode in call.modes:
                 module.training = mode
