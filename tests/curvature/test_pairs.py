@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
-from kronfac.curvature import Categorical, Gaussian, LayerAdapter, Recorder, find_layers, pairs
+from kronfac.curvature import Categorical, Gaussian, LayerAdapter, LinearAdapter, Recorder, find_layers, pairs
 from kronfac.curvature.pairs import RotatedSquares, SquaredGradients
 from tests.curvature.models import Tokens, relative
 from tests.curvature.oracle import OneLayer
@@ -162,6 +162,25 @@ def test_examples_in_the_second_dimension() -> None:
     check(TimeFirst().double(), "layer", x, fisher="exact", likelihood=Gaussian())
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("layer", ["attention.q_proj", "attention.v_proj", "attention.out_proj"])
+def test_projections_of_attention(layer: str, batch_first: bool) -> None:
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention, self.head = nn.MultiheadAttention(4, 2, batch_first=batch_first), nn.Linear(20, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x if batch_first else x.transpose(0, 1)
+            h = self.attention(x, x, x)[0]
+            return self.head((h if batch_first else h.transpose(0, 1)).flatten(1))  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    x = torch.randn(3, 5, 4, dtype=torch.float64)
+    check(Attends().double(), layer, x, fisher="exact", likelihood=Gaussian())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_widened_first(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
@@ -180,3 +199,18 @@ def test_half_precision_is_widened_first(dtype: torch.dtype) -> None:
     total, scale = recorder.collect().scaled_sums()["layer"].extra["S"]
     assert total.dtype == torch.float32
     assert relative(total.double() * scale, wide["rotated"]) < 0.05
+
+
+def test_an_adapter_with_statistics_of_its_own_does_not_inherit_pairs() -> None:
+    class Doubled(LinearAdapter):
+        """Sees something else than a Linear."""
+
+        def input_statistics(self, out: Tensor | None, x: Tensor, mask: Tensor | None) -> Tensor:
+            """Of twice the input."""
+            return super().input_statistics(out, 2 * x, mask)
+
+    class Renamed(LinearAdapter):
+        """Sees the same."""
+
+    assert not Doubled.has_pairs
+    assert Renamed.has_pairs

@@ -212,6 +212,16 @@ def test_statistics_that_are_not_finite_never_enter(structure: str) -> None:
 
 
 @structures
+@pytest.mark.parametrize("solve", ["inverse", "eigen"])
+def test_hardly_any_damping_and_fewer_examples_than_weights(structure: str, solve: str) -> None:
+    model = mlp(4, 5, 3)
+    optimizer = KFAC(model, 0.1, structure=structure, solve=solve, damping=1e-30)
+    for _ in range(4):
+        train_step(model, optimizer, *vectors(2, 4, 3))
+    assert optimizer.skipped_steps == optimizer.inverse_failures == 0
+
+
+@structures
 def test_what_a_layer_has_survives_a_new_group(structure: str) -> None:
     model = mlp(4, 5, 3)
     optimizer = KFAC(model, 0.1, structure=structure, params=list(model[0].parameters()), seed=0)

@@ -13,8 +13,8 @@ from kronfac.curvature.extra import ExtraStatistic
 from kronfac.curvature.forward import Call
 from kronfac.ops import second_moment_
 
-CHUNK = 1 << 22
-"""Numbers that the rows, or the gradients, of the examples handled at a time may have: 16 MiB of float32."""
+CHUNK = 1 << 20
+"""Numbers that the rows, or the gradients, of the examples handled at a time may have: 4 MiB of float32."""
 
 
 class Pairs(NamedTuple):

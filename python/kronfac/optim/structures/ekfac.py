@@ -83,7 +83,9 @@ class Ekfac:
         self, grads: Sequence[Tensor], factorisations: Sequence[Factorisation], damping: Sequence[float]
     ) -> tuple[list[Tensor], Tensor]:
         """See `Structure.apply`."""
-        eigenvalues = [f[SECOND_MOMENT] for f in factorisations]
+        # As with K-FAC's own: none so small beside the largest that the division may overflow, however small λ is.
+        spectra = [f[SECOND_MOMENT] for f in factorisations]
+        eigenvalues = [torch.maximum(S, S.amax() * torch.finfo(S.dtype).eps ** 2) for S in spectra]
         return ops.eigen_precondition(
             grads,
             [f["left_vectors"] for f in factorisations],
