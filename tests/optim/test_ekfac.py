@@ -30,8 +30,7 @@ def dense(Q_G: Tensor, S: Tensor, Q_A: Tensor) -> Tensor:
     return basis @ torch.diag(S.flatten()) @ basis.mT
 
 
-@pytest.mark.parametrize("conv", [False, True])
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize(("conv", "weight_decay"), [(False, 0.1), (True, 0.0)])
 def test_every_step_is_the_dense_one(conv: bool, weight_decay: float) -> None:
     """Averages, basis changes and the step itself; factor_every and inverse_every do not divide each other."""
     torch.manual_seed(0)
