@@ -28,12 +28,15 @@ class ExtraStatistic(ABC):
         degree: with which power the gradient enters, that is, with which the scale of a loss does.
         keeps_input: whether a call's input is needed when its gradient arrives. It stays in memory until then, where
             the layer's own graph keeps it as well, mostly.
+        joins: whether it is also of the covered call right after: `Call.following` keeps its input and has its gradient
+            then. Gradients arrive from the last call to the first.
         available: whether it can be taken now. Where it is not, nothing is, and the running average stays.
     """
 
     per: Literal["terms", "positions"] = "terms"
     degree: int = 2
     keeps_input: bool = True
+    joins: bool = False
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.shape = shape

@@ -82,6 +82,11 @@ class Call:
         swapped: whether they are and the layer's own statistics do not mind: every row counts as an example.
         extra: further statistics to take of it, by name.
         bare: whether these are all that is taken of it, without A and G.
+        following: the covered call right after it in the same forward.
+        repeated: whether the layer was called more than once in the forward.
+        joined: whether the call before wants to see this one's input and gradients.
+        gradient: the newest at the call's output, where it is `joined`; whoever has used it takes it away.
+        crossed: whether its input was multiplied with that of the call after it.
     """
 
     adapter: LayerAdapter
@@ -95,11 +100,18 @@ class Call:
     swapped: bool = False
     extra: Mapping[str, ExtraStatistic] = field(default_factory=dict)
     bare: bool = False
+    following: Call | None = field(default=None, repr=False)
+    repeated: bool = False
+    joined: bool = False
+    gradient: Tensor | None = None
+    crossed: bool = False
 
     @property
     def keeps_input(self) -> bool:
         """Whether the input is needed together with the gradient."""
-        return self.adapter.keeps_input or any(statistic.keeps_input for statistic in self.extra.values())
+        return (
+            self.adapter.keeps_input or self.joined or any(statistic.keeps_input for statistic in self.extra.values())
+        )
 
     @property
     def inputs(self) -> Tensor:
@@ -143,6 +155,7 @@ class Forward:
         extra_sums: further statistics by layer and name, likewise.
         watched: the further statistics of each layer that are wanted, by name.
         bare: layers of which A and G are not wanted.
+        newest: the last covered call so far.
         ungraphed: layers that ran without a graph.
         mask: terms that count, None for all.
         terms: M, once the forward is complete.
@@ -159,6 +172,7 @@ class Forward:
     extra_sums: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     watched: Mapping[str, Mapping[str, ExtraStatistic]] = field(default_factory=dict)
     bare: Collection[str] = ()
+    newest: Call | None = None
     ungraphed: list[str] = field(default_factory=list)
     mask: Tensor | None = None
     terms: float = 0
@@ -186,6 +200,12 @@ class Forward:
         call = Call(adapter, shape, reduced=adapter.reduces, bare=name in self.bare)
         if self.watched.get(name):
             call.extra = {key: some for key, some in self.watched[name].items() if some.available}
+        before, self.newest = self.newest, call
+        if before is not None:
+            before.following = call
+            call.joined = any(statistic.joins for statistic in before.extra.values())
+        for other in self.calls.get(name, ()):
+            other.repeated = call.repeated = True
         x = x.detach()
         if defer or call.keeps_input:
             call.x, call.version = x, x._version
@@ -237,6 +257,7 @@ class Forward:
     def add_gradient(self, name: str, call: Call, g: Tensor, scale: float = 1.0) -> None:
         """Take the output statistics of a gradient at a layer's output."""
         g = call.layer_gradient(g)
+        call.gradient = g if call.joined else None
         self.G_sums[name] = call.output_statistics(self.G_sums.get(name), g, scale)
         if call.extra:
             sums = self.extra_sums.setdefault(name, {})
@@ -244,16 +265,17 @@ class Forward:
                 sums[key] = statistic.add(sums.get(key), call, g, scale)
 
     def statistics(self) -> dict[str, LayerStatistics]:
-        """Sums of the layers that a gradient has reached. The others did not influence the output: as if unused."""
+        """Sums of the layers that a gradient has reached, in the order of their calls; the others count as unused."""
         return {
             name: LayerStatistics(
                 self.A_sums[name],
-                g,
+                self.G_sums[name],
                 sum(call.adapter.positions(call.shape, call.mask) for call in self.calls[name]),
                 self.calls[name][0].reduced,
                 self.extra_sums.get(name, {}),
             )
-            for name, g in self.G_sums.items()
+            for name in self.calls
+            if name in self.G_sums
         }
 
 

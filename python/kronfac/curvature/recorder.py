@@ -433,7 +433,8 @@ class Recorder:
                 allow_unused=True,
             )
             with torch.no_grad():
-                for (name, call, edge), gradient in zip(edges, gradients, strict=True):
+                # Last call first, as in a backward pass, whatever the Fisher: see `ExtraStatistic.joins`.
+                for (name, call, edge), gradient in reversed(list(zip(edges, gradients, strict=True))):
                     if gradient is not None:
                         forward.add_gradient(name, call, edge.view.gradient(gradient), scale)
 
