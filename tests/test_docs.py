@@ -86,13 +86,6 @@ def test_index_begins_like_the_readme() -> None:
     assert first == same
 
 
-@pytest.mark.parametrize("option", [{"structure": "tridiagonal"}], ids=str)
-def test_what_the_guide_calls_refused_is_refused(option: dict[str, Any]) -> None:
-    """When this fails because an option works now, the guide and kfac.md have to say so."""
-    with pytest.raises(ValueError, match="not available yet"):
-        kronfac.KFAC(torch.nn.Linear(2, 2), lr=0.1, **option)
-
-
 @pytest.mark.parametrize("module", DOCUMENTED)
 def test_api_page_lists_every_public_name(module: str) -> None:
     page = ROOT / "docs" / "api" / f"{module.rpartition('.')[2]}.md"

@@ -64,15 +64,17 @@ def test_bad_options_are_refused_by_name_and_leave_no_hooks(option: str, value: 
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "match"),
     [
-        {"structure": "tridiagonal"},
+        ({"structure": "tridiagonal", "solve": "eigen"}, "solve: expected 'inverse' with structure='tridiagonal'"),
+        ({"structure": "tridiagonal", "max_staleness": 2}, "max_staleness: expected 0 with structure='tridiagonal'"),
+        ({"lr": None, "adaptive": True, "max_staleness": 2}, "max_staleness: expected 0 with adaptive=True"),
     ],
     ids=str,
 )
-def test_what_is_still_to_come_says_so(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="not available yet; use"):
-        KFAC(mlp(3, 2), 0.1, **options)
+def test_options_that_exclude_each_other(options: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        KFAC(mlp(3, 2), **{"lr": 0.1, **options})
 
 
 def test_an_unknown_argument_and_a_missing_lr_are_refused() -> None:

@@ -7,6 +7,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, NoReturn, TypeAlias, overload
 
 import torch
@@ -21,6 +22,7 @@ from kronfac.optim import options
 from kronfac.optim import state as checkpoint
 from kronfac.optim.averaging import IterateAverage
 from kronfac.optim.background import Background
+from kronfac.optim.chains import form_chains
 from kronfac.optim.copying import rebuild
 from kronfac.optim.diagnostics import diagnose
 from kronfac.optim.groups import GroupedOptimizer
@@ -95,6 +97,8 @@ class KFAC(GroupedOptimizer):
             - "doubly_factored": K ⊗ Ψ ⊗ G for layers with more than 1024 inputs (Ba, Grosse & Martens 2017); a layer in
               groups, or with a prime number of inputs, keeps its A. All but "diagonal" do so above 8192 inputs, where A
               alone would exceed 256 MiB.
+            - "tridiagonal": A ⊗ G and the blocks between consecutive Linear layers, with an inverse that is
+              block-tridiagonal (Martens & Grosse, section 4.3); needs solve="inverse".
         sharing: how the positions of a shared layer (tokens, pixels) enter the factors: "expand" counts each as an
             example, "reduce" averages the inputs and sums the gradients over those of an example (Eschenhagen et al.,
             arXiv:2311.00636), whose axis is then the first.
@@ -132,7 +136,8 @@ class KFAC(GroupedOptimizer):
             and `mu` (α, μ of the last step), `rho` (last reduction ratio), `model_change`; None without.
         skipped_steps: steps that were skipped for non-finite values, GradScaler's included.
         inverse_failures: layers whose inverse could not be renewed, so that the last good one was kept.
-        inverse_retries: factors that needed more damping than asked for.
+        inverse_retries: factors that needed more damping than asked for; with structure="tridiagonal" also links of a
+            chain that were left out because nothing positive definite remained.
 
     Raises:
         TypeError: an option of the wrong type.
@@ -181,14 +186,23 @@ class KFAC(GroupedOptimizer):
                 f"KFAC: model: expected a torch.nn.Module, got {type(model).__name__}; pass the model itself"
             )
         refuse_model(model)
-        later = ("tridiagonal",)
-        structure = options.choice("KFAC: structure", structure, STRUCTURES, later)
+        structure = options.choice("KFAC: structure", structure, STRUCTURES)
         solve = options.choice("KFAC: solve", solve, ("inverse", "eigen"))
         max_staleness = options.whole("KFAC: max_staleness", max_staleness)
         if adaptive and max_staleness:
             raise ValueError(
                 "KFAC: max_staleness: expected 0 with adaptive=True, which compares the inverses of several dampings "
                 f"at the step that they are made for, got {max_staleness}"
+            )
+        if (structure, solve) == ("tridiagonal", "eigen"):
+            raise ValueError(
+                "KFAC: solve: expected 'inverse' with structure='tridiagonal', got 'eigen'; a chain of layers has no "
+                "eigenbasis of Kronecker products in which damping would be exact"
+            )
+        if structure == "tridiagonal" and max_staleness:
+            raise ValueError(
+                "KFAC: max_staleness: expected 0 with structure='tridiagonal', whose layers are coupled at the step "
+                f"that their inverses are made for, got {max_staleness}"
             )
         for name, function in (("output", output), ("mask", mask)):
             if function is not None and not callable(function):
@@ -301,6 +315,8 @@ class KFAC(GroupedOptimizer):
         if self._background is not None:
             self._background.check(coverage.layers)
             self._background.keep([layer.name for layer in coverage.layers if layer.factorisation is not None])
+        if self.structure.chains:
+            form_chains(coverage.layers)
         if self._finalizer is not None:
             self._finalizer()
         recorder = Recorder(
@@ -312,6 +328,9 @@ class KFAC(GroupedOptimizer):
             **self._recording,
         )
         recorder.ever_recorded = self._recorder is not None and self._recorder.ever_recorded
+        for layer in coverage.layers:
+            if not self.structure.by_block[layer.block].by_rows:
+                recorder.rows.limits.pop(layer.name, None)
         self._coverage, self._recorder = coverage, recorder
         recorder.clock = self._clock
         # Layers that are new should not wait for the next step that is due.
@@ -405,9 +424,13 @@ class KFAC(GroupedOptimizer):
             awaited = False  # what the forwards missed is said in other words
             self._cover()
             kept = {layer.name: layer.parameters for layer in layers}
+            following = {layer.name: layer.following for layer in layers}
             layers = self._coverage.layers
             same = {layer.name for layer in layers if same_tensors(layer.parameters, kept.get(layer.name, ()))}
             fresh = {name: pair for name, pair in fresh.items() if name in same}
+            for layer in layers:  # what a layer shared with one that is no longer its successor
+                if layer.name in fresh and layer.following != following[layer.name]:
+                    fresh[layer.name] = replace(fresh[layer.name], extra={})
             rows = {}
         follow(layers, self.state, self._background)
         self._generator = recorder.generator  # another one where the model has moved to another device

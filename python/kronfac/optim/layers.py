@@ -34,6 +34,8 @@ class Layer:
         factorisation: the newest good one, None before the first.
         made: the step whose factors are in it.
         statistics: the further statistics that the structure takes of the layer, by name.
+        following: name of the next layer of its chain.
+        followed: what `following` was when `factors` and `factorisation` were made.
     """
 
     name: str
@@ -47,6 +49,8 @@ class Layer:
     factorisation: Factorisation | None = None
     made: int | None = None
     statistics: Mapping[str, ExtraStatistic] = field(default_factory=dict)
+    following: str | None = None
+    followed: str | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -147,6 +151,7 @@ def assign(
         if before is not None and same_tensors(before.parameters, parameters):
             layer.factors, layer.updates, layer.factorisation = before.factors, before.updates, before.factorisation
             layer.made = before.made
+            layer.followed = before.following
         layers.append(layer)
         covered.update(map(id, parameters))
 

@@ -13,6 +13,7 @@ from torch.optim.optimizer import ParamsT
 
 from kronfac.optim import options
 from kronfac.optim.background import Background
+from kronfac.optim.chains import form_chains, link_shapes
 from kronfac.optim.layers import Layer, assign
 from kronfac.optim.structures import STRUCTURES, structure_for
 
@@ -148,6 +149,9 @@ def predict_memory(
     groups = _groups(where, model.parameters() if params is None else params, momentum)
     buffered = {id(p): group["momentum"] > 0 for group in groups for p in group["params"] if p.requires_grad}
     coverage = assign(model, groups, structures)
+    if structures.chains:
+        form_chains(coverage.layers)
+    by_name = {layer.name: layer for layer in coverage.layers}
     result: dict[str, LayerMemory] = {}
     workspaces = [0]
     step = 0
@@ -156,7 +160,7 @@ def predict_memory(
         A, G = layer.factor_shapes
         extra = [statistic.shape for statistic in layer.statistics.values()]
         factors = item * sum(math.prod(shape) for shape in (A, G, *extra))
-        shapes = structures.shapes(layer.adapter).values()
+        shapes = [*structures.shapes(layer.adapter).values(), *link_shapes(layer, by_name).values()]
         inverses = item * sum(math.prod(shape) for shape in shapes)
         numels = _numels(layer)
         result[layer.name] = LayerMemory(

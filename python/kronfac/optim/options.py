@@ -95,11 +95,9 @@ def flag(where: str, value: object) -> bool:
     return value
 
 
-def choice(where: str, value: object, available: Sequence[str], later: Sequence[str] = ()) -> str:
-    """Return `value`, which must be one of `available`; one of `later` is told apart from a misspelt one."""
+def choice(where: str, value: object, available: Sequence[str]) -> str:
+    """Return `value`, which must be one of `available`."""
     names = ", ".join(repr(name) for name in available)
-    if value in later:
-        raise ValueError(f"{where}: {value!r} is not available yet; use {names}")
     if not isinstance(value, str) or value not in available:
         raise ValueError(f"{where}: expected one of {names}, got {value!r}")
     return value

@@ -14,6 +14,7 @@ from kronfac.curvature.clock import timed
 from kronfac.curvature.statistics import diagonal
 from kronfac.optim.layers import Layer
 from kronfac.optim.structures import Averages, Factorisation, Kind, Structures
+from kronfac.optim.structures.tridiagonal import apply_chains
 
 _T = TypeVar("_T")
 _SMALL = 4096  # elements; the passes over smaller tensors cost less together than the calls
@@ -117,8 +118,11 @@ def precondition(
     factorisations: Sequence[Factorisation],
     damping: Sequence[float],
     rows: Sequence[GradientRows | None],
+    following: Sequence[int | None] = (),
 ) -> Preconditioned:
     """Precondition several layers, one call per kind of block, dtype and device, or per layer whose rows are at hand.
+
+    The layers of chains are one call of their own.
 
     Args:
         structure: how factors are applied.
@@ -127,6 +131,7 @@ def precondition(
         factorisations: of each layer.
         damping: of each layer.
         rows: that may form V of a layer; tested here.
+        following: the position of each layer's successor in a chain, or nothing.
     """
     matrices: list[Tensor] = [torch.empty(0)] * len(grads)
     dots: list[tuple[list[int], Tensor]] = []
@@ -141,12 +146,20 @@ def precondition(
     values = [grads[index]() for index in rest]
     # In float16 a preconditioned gradient overflows where its scaled-down update would not.
     values = [value.float() if value.dtype == torch.float16 else value for value in values]
-    keys = [(blocks[index], value.dtype, value.device) for index, value in zip(rest, values, strict=True)]
+    joined = {i for pair in enumerate(following) if pair[1] is not None for i in pair}
+    keys = [
+        (blocks[index], index in joined, value.dtype, value.device) for index, value in zip(rest, values, strict=True)
+    ]
     for chosen in _buckets(keys):
         layers = [rest[i] for i in chosen]
-        out, products = structure.by_block[blocks[layers[0]]].apply(
-            [values[i] for i in chosen], [factorisations[i] for i in layers], [damping[i] for i in layers]
-        )
+        gradients, inverses = [values[i] for i in chosen], [factorisations[i] for i in layers]
+        if layers[0] in joined:
+            places = {layer: place for place, layer in enumerate(layers)}
+            out, products = apply_chains(gradients, inverses, [_place(places, following[i]) for i in layers])
+        else:
+            out, products = structure.by_block[blocks[layers[0]]].apply(
+                gradients, inverses, [damping[i] for i in layers]
+            )
         for index, matrix in zip(layers, out, strict=True):
             matrices[index] = matrix
         dots.append((layers, products))
@@ -185,6 +198,11 @@ def sums_finite(fresh: Iterable[ScaledSums]) -> list[Tensor]:
     buckets = _buckets((some.dtype, some.device) for some in diagonals)
     flags = [torch.cat([diagonals[i] for i in chosen]).isfinite().all() for chosen in buckets]
     return flags + all_finite(total for sums in fresh for total, _ in sums.extra.values())
+
+
+def _place(places: Mapping[int, int], following: int | None) -> int | None:
+    """Where a successor is in its bucket; None also for one that has come into another, of another dtype or device."""
+    return None if following is None else places.get(following)
 
 
 def _buckets(keys: Iterable[_T]) -> list[list[int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from kronfac.optim.averaging import Averaged, IterateAverage, average_dtype
 from kronfac.optim.background import Background, Finished
+from kronfac.optim.chains import link_shapes
 from kronfac.optim.layers import Layer
 from kronfac.optim.options import GROUP_OPTIONS, check_group
 from kronfac.optim.structures import Averages, Factorisation, Structures
@@ -208,15 +210,25 @@ def _layers(value: object, layers: Sequence[Layer], structure: Structures) -> di
         )
         factorisation = None
         if fields["factorisation"] is not None:
-            factorisation = _factorisation(f"{where}.factorisation", fields["factorisation"], layer, structure)
+            linked = link_shapes(layer, known)
+            factorisation = _factorisation(f"{where}.factorisation", fields["factorisation"], layer, structure, linked)
         made = None if fields["made"] is None else _integer(f"{where}.made", fields["made"])
         updates = _integer(f"{where}.updates", fields["updates"])
         result[name] = LayerState(factors, updates, factorisation, made)
     return result
 
 
-def _factorisation(where: str, value: object, layer: Layer, structure: Structures) -> Factorisation:
-    shapes = structure.shapes(layer.adapter)
+def _factorisation(
+    where: str,
+    value: object,
+    layer: Layer,
+    structure: Structures,
+    linked: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+) -> Factorisation:
+    shapes = dict(structure.shapes(layer.adapter))
+    # Absent together where nothing couples the layer to its successor so far.
+    if any(key in _mapping(where, value) for key in linked):
+        shapes.update(linked)
     tensors = _mapping(where, value, tuple(shapes))
     return {key: _tensor(f"{where}.{key}", tensors[key], shape, layer) for key, shape in shapes.items()}
 

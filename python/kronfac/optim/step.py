@@ -14,6 +14,7 @@ from torch import Tensor
 from kronfac.curvature import GradientRows, ScaledSums
 from kronfac.curvature.clock import timed
 from kronfac.optim.background import Arrived, Background
+from kronfac.optim.chains import link_layers, successors
 from kronfac.optim.layers import Layer
 from kronfac.optim.refresh import (
     Average,
@@ -177,10 +178,10 @@ def propose(
     inverses: dict[str, Factorisation] = {}
     retries = 0
     if due:
-        values, retries = factorise(
-            structure, due, [newest[layer.name] for layer in due], [damping(layer) for layer in due]
-        )
+        dampings = [damping(layer) for layer in due]
+        values, retries = factorise(structure, due, [newest[layer.name] for layer in due], dampings)
         inverses = {layer.name: value for layer, value in zip(due, values, strict=True) if value is not None}
+        retries += link_layers(due, layers, newest, inverses, dampings)
     failures = len(due) - len(inverses)
     inverses.update(arrived)
     renewed = [layer for layer in layers if layer.name in inverses]
@@ -201,6 +202,7 @@ def propose(
         current,
         [damping(layer) for layer in ready],
         [None if rows is None or any(l2(groups[i]) for i in layer.groups) else rows.get(layer.name) for layer in ready],
+        successors(ready),
     )
     bare = tuple(layer.name for layer in active if layer.factors is None and layer.name not in averages)
     updates = {name: some.updates for name, some in averages.items()}

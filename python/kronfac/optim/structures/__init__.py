@@ -33,8 +33,9 @@ from kronfac.optim.structures.ekfac import Ekfac
 from kronfac.optim.structures.grouped import Grouped
 from kronfac.optim.structures.kronecker import KroneckerEigen, KroneckerInverse
 from kronfac.optim.structures.mini_block import MiniBlock
+from kronfac.optim.structures.tridiagonal import TridiagonalInverse
 
-STRUCTURES = ("kfac", "ekfac", "diagonal", "mini_block", "doubly_factored")
+STRUCTURES = ("kfac", "ekfac", "diagonal", "mini_block", "doubly_factored", "tridiagonal")
 """What the option `structure` may be."""
 
 _KRONECKER: Mapping[str, type[Structure]] = {"inverse": KroneckerInverse, "eigen": KroneckerEigen}
@@ -65,6 +66,11 @@ class Structures:
     name: str
     by_block: Mapping[Kind, Structure]
     largest_input: float = LARGEST_A
+
+    @property
+    def chains(self) -> bool:
+        """Whether consecutive layers are preconditioned together."""
+        return self.name == TridiagonalInverse.name
 
     @property
     def by_rows(self) -> bool:
@@ -102,7 +108,7 @@ def structure_for(structure: str, solve: str) -> Structures:
     """
     if structure == "ekfac":
         solve = "eigen"
-    kronecker = _KRONECKER[solve]()
+    kronecker = TridiagonalInverse() if structure == "tridiagonal" else _KRONECKER[solve]()
     by_block: dict[Kind, Structure] = {block: kind() for block, kind in _OTHERS[solve].items()}
     by_block["kronecker"] = Grouped(kronecker)
     if structure == "ekfac":
