@@ -340,6 +340,9 @@ def test_a_layer_that_is_frozen_leaves_its_chain_and_comes_back() -> None:
     model[2].requires_grad_(True)
     with pytest.warns(UserWarning, match="no statistics so far"):
         train_step(model, optimizer, *batches[3])
+    again = optimizer._coverage.layers[0].factors
+    assert again is not None
+    assert not again.extra["next_G"].any()  # what it shared with its old successor is gone
     for batch in batches[4:]:  # the inverses of step 6 are the first with statistics of both
         train_step(model, optimizer, *batch)
     layers = {layer.name: layer for layer in optimizer._coverage.layers}
@@ -347,6 +350,7 @@ def test_a_layer_that_is_frozen_leaves_its_chain_and_comes_back() -> None:
     assert not equal(frozen, snapshot(model[2]))
     assert layers["0"].factorisation is not None
     assert set(LINKED) <= set(layers["0"].factorisation)
+    assert optimizer.inverse_retries == 0
 
 
 def test_a_layer_without_gradient_breaks_the_chain_for_the_step() -> None:
@@ -374,6 +378,35 @@ def test_a_layer_without_gradient_breaks_the_chain_for_the_step() -> None:
     moved = torch.cat([(before[0] - model[2].weight.detach()), (before[1] - model[2].bias.detach())[:, None]], 1) / 0.1
     torch.testing.assert_close(moved, P, rtol=1e-8, atol=1e-10)
     assert equal(last, snapshot(model[4]))
+
+
+def test_averages_of_layers_that_are_used_unequally_stay_possible() -> None:
+    """[[A_i, C], [Cᵀ, A_j]] has no negative eigenvalue whichever of the two a step sees."""
+    torch.manual_seed(0)
+    model = Free(None)
+    both, first, second = (
+        lambda m, x: m.b(m.a(x)),
+        lambda m, x: m.a(x),
+        lambda m, x: m.b(x),
+    )
+    optimizer = chained(model, 0.1, params=[*model.a.parameters(), *model.b.parameters()], factor_decay=0.7)
+    for forward in (first, first, both, second, second, both, first, both, second):
+        model.run = forward
+        x = torch.randn(3, 4, dtype=torch.float64)
+        for p in model.parameters():
+            p.grad = None
+        functional.cross_entropy(model(x), torch.randint(4, (3,))).backward()
+        optimizer.step()
+        a, b = (layer.factors for layer in optimizer._coverage.layers)
+        if a is None or b is None:
+            continue
+        for key, one, other in (("next_A", a.A, b.A), ("next_G", a.G, b.G)):
+            cross = a.extra[key]
+            joint = torch.cat([torch.cat([one, cross], 1), torch.cat([cross.mT, other], 1)])
+            assert torch.linalg.eigvalsh(joint)[0] > -1e-12
+    assert a is not None
+    assert a.extra["next_A"].any()
+    assert optimizer.inverse_retries == 0
 
 
 def test_masked_tokens_leave_no_trace() -> None:

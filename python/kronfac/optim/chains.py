@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
+from torch import Tensor
+
+from kronfac.curvature import ScaledSums
 from kronfac.curvature.chain import CrossGradients, CrossInputs, chainable
 from kronfac.optim.layers import Layer
 from kronfac.optim.structures import Averages, Factorisation
@@ -34,9 +38,52 @@ def form_chains(layers: Sequence[Layer]) -> None:
             layer.followed = layer.following
             if layer.factors is not None:
                 extra = {key: value for key, value in layer.factors.extra.items() if key not in CROSS}
+                if layer.following is not None:
+                    # Of the past nothing is known: with zeros the joint averages stay what variables can have.
+                    like = layer.factors.A
+                    extra |= {key: like.new_zeros(layer.statistics[key].shape) for key in CROSS}
                 layer.factors = layer.factors._replace(extra=extra)
             if layer.factorisation is not None:
                 layer.factorisation = {key: some for key, some in layer.factorisation.items() if key not in LINKED}
+
+
+def average_links(
+    layers: Sequence[Layer], fresh: Mapping[str, ScaledSums], factor_decay: float
+) -> dict[str, dict[str, Tensor]]:
+    """Running averages of what neighbours share, C ← √(d_i d_j) C + √((1 - d_i)(1 - d_j)) C_new.
+
+    d is the decay of each layer, 1 for one without fresh statistics. Layers that were updated equally often have equal
+    decays, and this is the usual average; otherwise it is the one that A and G of the two, and C, can have together.
+
+    Args:
+        layers: the covered layers; none of them is changed.
+        fresh: statistics of some of them, by name; left alone.
+        factor_decay: the decay that is reached in the long run.
+
+    Returns:
+        The new averages by layer name and by the names in `CROSS`, of the layers for which they change.
+    """
+    decays = {layer.name: layer.decay(factor_decay) for layer in layers if layer.name in fresh}
+    result: dict[str, dict[str, Tensor]] = {}
+    for layer in layers:
+        if layer.following is None or not {layer.name, layer.following} & decays.keys():
+            continue
+        own, other = decays.get(layer.name, 1.0), decays.get(layer.following, 1.0)
+        old = {} if layer.factors is None else layer.factors.extra
+        new = fresh[layer.name].extra if layer.name in fresh else {}
+        averages = {}
+        for key in CROSS:
+            terms = []
+            if key in old:
+                terms.append(old[key] * math.sqrt(own * other))
+            if key in new:
+                total, scale = new[key]
+                terms.append(total.to(layer.dtype) * (scale * math.sqrt((1 - own) * (1 - other))))
+            if terms:
+                averages[key] = terms[0] if len(terms) == 1 else terms[0].add_(terms[1])
+        if averages:
+            result[layer.name] = averages
+    return result
 
 
 def link_shapes(layer: Layer, layers: Mapping[str, Layer]) -> dict[str, tuple[int, ...]]:

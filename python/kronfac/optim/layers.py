@@ -57,6 +57,10 @@ class Layer:
         """Type of the factors: float64 for a float64 layer, float32 for every other."""
         return self.adapter.factor_dtype
 
+    def decay(self, factor_decay: float) -> float:
+        """Of the averages at their next update: min(1 - 1/k, factor_decay), k counting the updates."""
+        return 0.0 if self.factors is None else min(1 - 1 / (self.updates + 1), factor_decay)
+
     @property
     def device(self) -> torch.device:
         """Device of the layer's first parameter."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from kronfac.curvature import GradientRows, ScaledSums
 from kronfac.curvature.clock import timed
 from kronfac.curvature.statistics import diagonal
+from kronfac.optim.chains import average_links
 from kronfac.optim.layers import Layer
 from kronfac.optim.structures import Averages, Factorisation, Kind, Structures
 from kronfac.optim.structures.tridiagonal import apply_chains
@@ -57,14 +58,15 @@ def average(layers: Sequence[Layer], fresh: Mapping[str, ScaledSums], factor_dec
         factor_decay: the decay that is reached in the long run.
 
     Returns:
-        The new averages of the layers in `fresh`.
+        The new averages of the layers in `fresh`, and of layers that share something with one of them.
     """
+    shared = average_links(layers, fresh, factor_decay)  # before the sums are taken over
     result = {}
     for layer in layers:
         if layer.name not in fresh:
             continue
         new, updates = fresh[layer.name], layer.updates + 1
-        decay = 0.0 if layer.factors is None else min(1 - 1 / updates, factor_decay)
+        decay = layer.decay(factor_decay)
         A = new.A_sum.to(layer.dtype).mul_((1 - decay) * new.A_scale)
         G = new.G_sum.to(layer.dtype).mul_((1 - decay) * new.G_scale)
         before: Mapping[str, Tensor] = {}
@@ -74,11 +76,19 @@ def average(layers: Sequence[Layer], fresh: Mapping[str, ScaledSums], factor_dec
             before = layer.factors.extra
         extra = dict(before)
         for key, (total, scale) in new.extra.items():
+            if layer.name in shared and key in shared[layer.name]:
+                continue
             started = key in before
             extra[key] = total.to(layer.dtype).mul_(((1 - decay) if started else 1.0) * scale)
             if started:
                 extra[key].add_(before[key], alpha=decay)
         result[layer.name] = Average(Averages(A, G, extra), updates)
+    for layer in layers:
+        if layer.name in shared:
+            newest = result[layer.name].factors if layer.name in result else layer.factors
+            assert newest is not None
+            updates = layer.updates + (layer.name in result)
+            result[layer.name] = Average(newest._replace(extra={**newest.extra, **shared[layer.name]}), updates)
     return result
 
 
