@@ -180,7 +180,13 @@ def test_the_sizes_above_which_layers_are_doubly_factored(monkeypatch: pytest.Mo
         {str(size): nn.Linear(size, 2) for size in (LARGEST_A_IF_ASKED, LARGEST_A_IF_ASKED + 1, LARGEST_A, prime)}
     )
     model["9216"] = nn.Linear(9216, 2)
-    for structure, expected in (("kfac", {"9216"}), ("doubly_factored", {"1025", "8192", "9216"})):
+    large = {"9216"}
+    for structure, expected in (
+        ("kfac", large),
+        ("tridiagonal", large),
+        ("doubly_factored", {"1025", "8192", *large}),
+        ("diagonal", set()),
+    ):
         optimizer = KFAC(model, 0.1, structure=structure)
         chosen = {layer.name for layer in optimizer._coverage.layers if layer.block == "doubly_factored"}
         assert chosen == expected
