@@ -20,6 +20,13 @@ from tests.processes import run_ranks
 
 JOINT = ("ekfac", "diagonal", "mini_block")
 structures = pytest.mark.parametrize("structure", JOINT)
+ALL = [*JOINT, "doubly_factored", "tridiagonal"]
+every = pytest.mark.parametrize("structure", ALL)
+
+
+@pytest.fixture(autouse=True)
+def _small_layers_are_doubly_factored_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kronfac.optim.structures.LARGEST_A_IF_ASKED", 3)
 
 
 class Everything(nn.Module):
@@ -60,7 +67,7 @@ def through_a_file(value: Any) -> Any:
     return torch.load(buffer, weights_only=True)
 
 
-@structures
+@every
 def test_every_layer_type_learns_and_an_unused_one_rests(structure: str) -> None:
     torch.manual_seed(0)
     model = Everything()
@@ -81,9 +88,9 @@ def test_every_layer_type_learns_and_an_unused_one_rests(structure: str) -> None
     assert same_tree(kept, layers["rare"])
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
-    structure=st.sampled_from(JOINT),
+    structure=st.sampled_from(ALL),
     solve=st.sampled_from(["inverse", "eigen"]),
     fisher=st.sampled_from(["mc", "exact", "empirical"]),
     sharing=st.sampled_from(["expand", "reduce"]),
@@ -96,6 +103,8 @@ def test_a_checkpoint_continues_bit_for_bit(
     structure: str, solve: str, fisher: str, sharing: str, at: int, weight_decay: float, kl_clip: float | None,
     everything: bool,
 ) -> None:  # fmt: skip
+    solve = "inverse" if structure == "tridiagonal" else solve
+
     def make() -> tuple[nn.Module, KFAC]:
         model = Everything() if everything else convnet()
         halves = list(model.parameters())
@@ -148,7 +157,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_whole(structure: str, spoil: 
         KFAC(mlp(4, 5, 3), 0.1).load_state_dict(state)
 
 
-@structures
+@every
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_half_precision_model_has_float32_statistics(structure: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
@@ -159,11 +168,11 @@ def test_a_half_precision_model_has_float32_statistics(structure: str, dtype: to
     assert losses[-1] < 0.8 * losses[0]
     assert optimizer.skipped_steps == 0
     for saved in optimizer.state_dict()["kronfac"]["layers"].values():
-        assert saved["extra"]
+        assert saved["extra"] or structure not in JOINT
         assert all(tensor.dtype == torch.float32 for tensor in saved["extra"].values())
 
 
-@structures
+@every
 @pytest.mark.parametrize("fisher", ["mc", "empirical"])
 def test_autocast_and_a_scaler_change_nothing_but_rounding(structure: str, fisher: str) -> None:
     torch.manual_seed(0)
@@ -197,7 +206,7 @@ def test_autocast_and_a_scaler_change_nothing_but_rounding(structure: str, fishe
     assert same_tree(state, scaled.state_dict()["kronfac"]["layers"])
 
 
-@structures
+@every
 @pytest.mark.filterwarnings("ignore:KFAC")
 def test_statistics_that_are_not_finite_never_enter(structure: str) -> None:
     model = mlp(4, 5, 3)
@@ -290,7 +299,7 @@ def digits() -> tuple[Tensor, Tensor]:
     return torch.tensor(bunch.images, dtype=torch.float32)[:, None] / 16, torch.tensor(bunch.target)
 
 
-@structures
+@every
 def test_a_convnet_learns_digits(structure: str, digits: tuple[Tensor, Tensor]) -> None:
     x, y = digits
     torch.manual_seed(0)
