@@ -8,6 +8,7 @@ from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from bench.autoencoder.settings import TITLES
 from bench.autoencoder.summary import Record, summarise
@@ -88,6 +89,8 @@ def _figure(runs: Sequence[Record], target: float | None, theme: Theme) -> Figur
             )
         if target is not None:
             axes.axhline(target, color=theme.ink, linewidth=0.8)
+    left.yaxis.set_major_formatter("{x:g}")
+    left.yaxis.set_minor_formatter(NullFormatter())
     right.set_xscale("log")  # methods differ by an order of magnitude there
     left.set_ylabel("squared error per training image", color=theme.ink)
     if target is not None:
