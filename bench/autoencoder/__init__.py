@@ -35,7 +35,7 @@ What is raced
 * SGD has Nesterov momentum μ_t = min(1 - 2^(-1 - log2(floor(t/250) + 1)), μ_max) (Sutskever et al. 2013), Adam
   torch's own constants. Both are torch's fused versions, the fastest there are.
 * Tuning: 8 rates for each first-order method, and for K-FAC no more settings than that, over what matters to it
-  (rate, damping, KL clip). All settings are in `bench/autoencoder/settings.py`.
+  (batch, damping, momentum, KL clip, rate). All settings are in `bench/autoencoder/settings.py`.
 
 A run whose threads waited for a processor for more than a tenth of its time, that used less than half of the
 processors it was given, or whose plan did not fit its time, is disturbed: it is set aside and made again

@@ -74,15 +74,12 @@ def _adam(rate: float) -> Setting:
     return Setting("adam", FIRST_ORDER_BATCH, {"lr": rate})
 
 
-def _kfac(batch: int, damping: float, *, lr: float = 0.3, kl_clip: float = 0.1, momentum: float = 0.9) -> Setting:
+def _kfac(
+    batch: int, damping: float, *, momentum: float = 0.8, kl_clip: float = 0.3, lr: float = 0.3, method: str = "kfac"
+) -> Setting:
+    # While the clip is active, through most of a run, √kl_clip / (1 - momentum) is the step and lr has no effect.
     step = {"lr": lr, "damping": damping, "kl_clip": kl_clip, "momentum": momentum}
-    return Setting("kfac", batch, {**step, "factor_every": 5, "inverse_every": 20})
-
-
-def _ekfac(batch: int, damping: float) -> Setting:
-    # Its damping is exact, which for the same number damps less than K-FAC's factored one.
-    step = {"lr": 0.3, "damping": damping, "kl_clip": 0.1, "momentum": 0.9}
-    return Setting("ekfac", batch, {**step, "factor_every": 5, "inverse_every": 50})
+    return Setting(method, batch, {**step, "factor_every": 5, "inverse_every": 50 if method == "ekfac" else 20})
 
 
 def _adaptive(batch: int, damping: float) -> Setting:
@@ -99,15 +96,18 @@ GRID: dict[str, list[Setting]] = {
     "kfac": [
         _kfac(1000, 0.03),
         _kfac(500, 0.03),
-        _kfac(1000, 0.01),
-        _kfac(500, 0.01),
-        _kfac(1000, 0.1),
-        _kfac(1000, 0.03, lr=0.1),
-        _kfac(1000, 0.03, lr=1.0),
         _kfac(2000, 0.03),
+        _kfac(1000, 0.1),
+        _kfac(1000, 0.03, momentum=0.6, kl_clip=1.0),
+        _kfac(500, 0.03, momentum=0.6, kl_clip=1.0),
+        _kfac(500, 0.03, lr=1.0),
+        _kfac(1000, 0.03, momentum=0.9, kl_clip=0.1),
     ],
     "kfac-adaptive": [_adaptive(1000, 150.0), _adaptive(1000, 15.0), _adaptive(1000, 1.5), _adaptive(500, 1.5)],
-    "ekfac": [_ekfac(1000, 0.03), _ekfac(1000, 0.1), _ekfac(1000, 0.3), _ekfac(500, 0.1)],
+    # Its damping is exact, which for the same number damps less than K-FAC's factored one.
+    "ekfac": [
+        _kfac(batch, damping, method="ekfac") for batch, damping in ((1000, 0.03), (1000, 0.1), (1000, 0.3), (500, 0.1))
+    ],
 }
 """The tuning runs of each method."""
 
