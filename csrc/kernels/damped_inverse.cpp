@@ -70,7 +70,7 @@ int32_t small(const T* f, int64_t row_stride, int64_t col_stride, int64_t n, Rea
   if (const int32_t info = invert_root(u, w, padded)) return info;
   // x := W^T W, upper triangle first: row i is the sum over k >= i of W[k, i] times row k of W; W is lower, so all of
   // row k counts for the symmetric result, and the part right of the diagonal is what is kept.
-  for (int64_t i = 0; i < padded * kLeaf; ++i) u[i] = 0;
+  clear(u, padded);
   constexpr int64_t lanes = kLanes<Real>;
   for (int64_t i = 0; i < padded; i += kRows) {
     for (int64_t j = i / lanes * lanes; j < padded; j += lanes) {

@@ -61,6 +61,7 @@ bool load_rows(const S* f, int64_t row_stride, int64_t col_stride, int64_t n, do
                int64_t row1, T* work) {
   constexpr int64_t lanes = kLanes<S>;
   constexpr int64_t kTile = 16;  // 16 x 16 floats are 16 cache lines on either side, where f is column-major
+  constexpr int64_t ahead = 4;   // rows: every one ends at the diagonal, where the hardware does not expect it to
   const int64_t ld = stride<T>(n);
   const T shift = static_cast<T>(damping);
   Vector<S> defect{};
@@ -74,12 +75,19 @@ bool load_rows(const S* f, int64_t row_stride, int64_t col_stride, int64_t n, do
         int64_t j = 0;
         for (; j + lanes <= i + 1; j += lanes) {
           const Vector<S> v = load(source + j);
+          __builtin_prefetch(source + ahead * row_stride + j);
           defect += v - v;
-          for (int64_t l = 0; l < lanes; ++l) target[j + l] = -static_cast<T>(v[l]);
+          store_as<S>(target + j, -v);
         }
-        for (; j <= i; ++j) {
-          target[j] = -static_cast<T>(source[j]);
-          bad |= not_finite(source[j]);
+        if (j <= i && j + lanes <= ld) {  // with zeros right of the diagonal
+          const Vector<S> v = load_first(source + j, i + 1 - j);
+          defect += v - v;
+          store_as<S>(target + j, -v);
+        } else {
+          for (; j <= i; ++j) {
+            target[j] = -static_cast<T>(source[j]);
+            bad |= not_finite(source[j]);
+          }
         }
       }
     } else {
@@ -109,39 +117,47 @@ bool load_rows(const S* f, int64_t row_stride, int64_t col_stride, int64_t n, do
   return bad == 0 && all_zero<S>(defect);
 }
 
+// Row by row of x, so that it is written in order: of the two, the workspace is the one that is in cache.
 template <class S, class T>
 bool unload_rows(const T* work, int64_t n, int64_t row0, int64_t row1, S* x) {
   constexpr int64_t lanes = kLanes<S>;
+  static_assert(kPivots<T> % lanes == 0);
+  constexpr int64_t ahead = 4 * lanes;  // entries of each row that are on their way from memory
   const int64_t ld = stride<T>(n);
+  const auto at = [&](int64_t i, int64_t j) { return load_as<S>(work + i * ld + j); };
   Vector<S> defect{};
   int bad = 0;
   for (int64_t ib = row0; ib < row1; ib += lanes) {
     const int64_t ie = smaller(ib + lanes, row1);
-    for (int64_t jb = 0; jb < ie; jb += lanes) {
-      if (ie - ib == lanes && jb + lanes <= ib) {
+    for (int64_t jb = 0; jb < n; jb += lanes) {
+      S* to = x + ib * n + jb;
+      for (int64_t i = 0; i < ie - ib; ++i) __builtin_prefetch(to + i * n + ahead, 1);
+      if (jb < ib) {
+        for (int64_t i = 0; i < ie - ib; ++i) {
+          const Vector<S> v = at(ib + i, jb);
+          defect += v - v;
+          store(to + i * n, v);
+        }
+      } else if (jb == ib) {
+        for (int64_t i = ib; i < ie; ++i) {
+          for (int64_t j = ib; j <= i; ++j) {
+            const S value = static_cast<S>(work[i * ld + j]);
+            x[i * n + j] = value;
+            x[j * n + i] = value;
+            bad |= not_finite(value);
+          }
+        }
+      } else {  // above the diagonal, where a block of rows is whole
+        const int64_t columns = smaller(lanes, n - jb);
         Vector<S> v[lanes];
 #pragma GCC unroll 16
-        for (int i = 0; i < lanes; ++i) {
-          const T* from = work + (ib + i) * ld + jb;
-          if constexpr (sizeof(S) == sizeof(T)) {
-            v[i] = load(from);
-          } else {
-            for (int64_t l = 0; l < lanes; ++l) v[i][l] = static_cast<S>(from[l]);
-          }
-          store(x + (ib + i) * n + jb, v[i]);
-          defect += v[i] - v[i];
-        }
+        for (int64_t i = 0; i < lanes; ++i) v[i] = i < columns ? at(jb + i, ib) : Vector<S>{};
         transpose<S>(v);
+        if (columns == lanes) {
 #pragma GCC unroll 16
-        for (int i = 0; i < lanes; ++i) store(x + (jb + i) * n + ib, v[i]);
-        continue;
-      }
-      for (int64_t i = ib; i < ie; ++i) {
-        for (int64_t j = jb; j < smaller(jb + lanes, i + 1); ++j) {
-          const S value = static_cast<S>(work[i * ld + j]);
-          x[i * n + j] = value;
-          x[j * n + i] = value;
-          bad |= not_finite(value);
+          for (int64_t i = 0; i < lanes; ++i) store(to + i * n, v[i]);
+        } else {
+          for (int64_t i = 0; i < lanes; ++i) store_first(to + i * n, v[i], columns);
         }
       }
     }
@@ -153,16 +169,26 @@ template <class T>
 int32_t pivot(const T* work, int64_t n, int64_t k0, int64_t count, T* w) {
   alignas(64) Real u[kLeaf * kLeaf];
   alignas(64) Real inverse[kLeaf * kLeaf];
+  constexpr int64_t lanes = kLanes<T>;
+  static_assert(kPivots<T> % lanes == 0);
   const int64_t ld = stride<T>(n), padded = pad(u, count);
-  for (int64_t i = 0; i < count; ++i) {
-    const T* row = work + (k0 + i) * ld + k0;
-    for (int64_t j = 0; j <= i; ++j) u[j * kLeaf + i] = -static_cast<Real>(row[j]);
+  const T* block = work + k0 * ld + k0;
+  for (int64_t ib = 0; ib < count; ib += lanes) {
+    for (int64_t jb = 0; jb <= ib; jb += lanes) {
+      Vector<T> v[lanes];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < lanes; ++i) v[i] = ib + i < count ? load(block + (ib + i) * ld + jb) : Vector<T>{};
+      transpose<T>(v);
+      const int64_t rows = smaller(lanes, count - jb);
+      for (int64_t j = 0; j < rows; ++j) store_as<T>(u + (jb + j) * kLeaf + ib, -v[j]);
+    }
   }
   if (const int32_t info = invert_root(u, inverse, padded)) return info;
-  for (int64_t i = 0; i < kPivots<T>; ++i) {
-    for (int64_t j = 0; j < kPivots<T>; ++j)
-      w[i * kPivots<T> + j] = i < count && j < count ? static_cast<T>(inverse[i * kLeaf + j]) : T(0);
+  // Right of its diagonal the inverse is zero.
+  for (int64_t i = 0; i < count; ++i) {
+    for (int64_t j = 0; j < kPivots<T>; j += lanes) store(w + i * kPivots<T> + j, load_as<T>(inverse + i * kLeaf + j));
   }
+  for (int64_t at = count * kPivots<T>; at < kPivots<T> * kPivots<T>; ++at) w[at] = 0;
   return 0;
 }
 

@@ -42,8 +42,8 @@ struct SweepCopies {
   // entry of f's lower triangle is not finite; the strict upper one is never read.
   bool (*load)(const S* f, int64_t row_stride, int64_t col_stride, int64_t n, double damping, int64_t row0,
                int64_t row1, T* work);
-  // Rows row0 <= i < row1 of the lower triangle of N to x (n, n, contiguous) and, mirrored, to its columns. False when
-  // an entry of x is not finite.
+  // Rows row0 <= i < row1 (multiples of pivots, or the end) of x (n, n, contiguous) from the lower triangle of N. False
+  // when one of their entries up to the diagonal is not finite.
   bool (*unload)(const T* work, int64_t n, int64_t row0, int64_t row1, S* x);
 };
 

@@ -60,6 +60,10 @@ static inline void multiply(Real* target, Real scale, int64_t from, int64_t to) 
   for (int64_t j = from / lanes * lanes; j < to; j += lanes) store(target + j, scale * load(target + j));
 }
 
+static inline void clear(Real* rows, int64_t count) {
+  for (int64_t at = 0; at < count * kLeaf; at += kLanes<Real>) store(rows + at, Vector<Real>{});
+}
+
 // w := L^-1 (lower triangle, zeros above) of the matrix whose lower triangle is in u (transposed: u[j, i] for i >= j).
 // Both have kLeaf columns and `padded` rows, a multiple of kRows. Returns 0 or the order of the first bad leading
 // minor.
@@ -77,9 +81,8 @@ static int32_t invert_root(Real* u, Real* w, int64_t padded) {
     }
   }
   // Row i of L^-1 is (e_i - sum_{k<i} L[i, k] (row k of L^-1)) / L[i, i], and L[i, k] = u[k, i].
-  for (int64_t i = 0; i < padded; ++i) {
-    for (int64_t j = 0; j < kLeaf; ++j) w[i * kLeaf + j] = j == i;
-  }
+  clear(w, padded);
+  for (int64_t i = 0; i < padded; ++i) w[i * kLeaf + i] = 1;
   for (int64_t first = 0; first < padded; first += kRows) {
     eliminate(u, w, w, first, 0, first);
     for (int64_t i = first; i < first + kRows; ++i) {
@@ -94,9 +97,8 @@ static int32_t invert_root(Real* u, Real* w, int64_t padded) {
 // Rows of u past the matrix are those of the identity, so that groups of kRows rows need no remainder.
 static inline int64_t pad(Real* u, int64_t n) {
   const int64_t padded = (n + kRows - 1) / kRows * kRows;
-  for (int64_t i = 0; i < padded; ++i) {
-    for (int64_t j = 0; j < kLeaf; ++j) u[i * kLeaf + j] = i >= n && j == i;
-  }
+  clear(u, padded);
+  for (int64_t i = n; i < padded; ++i) u[i * kLeaf + i] = 1;
   return padded;
 }
 

@@ -110,6 +110,44 @@ static inline __attribute__((always_inline)) void interleave(const V& x, const V
   }
 }
 
+// Vectors of S and the same numbers in memory as T: the same type, or float and double. Lane by lane, compilers take
+// them apart.
+template <class S, class T>
+static inline __attribute__((always_inline)) Vector<S> load_as(const T* p) {
+  if constexpr (sizeof(T) == sizeof(S)) {
+    return load(p);
+  } else {
+    typedef S Half __attribute__((vector_size(kVectorBytes / 2)));
+    const Half x = __builtin_convertvector(load(p), Half), y = __builtin_convertvector(load(p + kLanes<T>), Half);
+    if constexpr (kLanes<S> == 4) {
+      return __builtin_shufflevector(x, y, 0, 1, 2, 3);
+    } else if constexpr (kLanes<S> == 8) {
+      return __builtin_shufflevector(x, y, 0, 1, 2, 3, 4, 5, 6, 7);
+    } else {
+      return __builtin_shufflevector(x, y, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    }
+  }
+}
+
+template <class S, class T>
+static inline __attribute__((always_inline)) void store_as(T* p, Vector<S> v) {
+  if constexpr (sizeof(T) == sizeof(S)) {
+    store(p, v);
+  } else {
+    const auto put = [](T* to, auto half) { store(to, __builtin_convertvector(half, Vector<T>)); };
+    if constexpr (kLanes<S> == 4) {
+      put(p, __builtin_shufflevector(v, v, 0, 1));
+      put(p + 2, __builtin_shufflevector(v, v, 2, 3));
+    } else if constexpr (kLanes<S> == 8) {
+      put(p, __builtin_shufflevector(v, v, 0, 1, 2, 3));
+      put(p + 4, __builtin_shufflevector(v, v, 4, 5, 6, 7));
+    } else {
+      put(p, __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7));
+      put(p + 8, __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
+    }
+  }
+}
+
 // Sum of the lanes in double, in ascending order of the lanes.
 template <class T>
 static inline double lane_sum(Vector<T> v) {
