@@ -194,3 +194,28 @@ def test_a_layer_norm_on_sequences_first(masked: bool) -> None:
         assert relative(got[1]["norm"].A, got[0]["norm"].A) == 0
     with pytest.raises(RuntimeError, match=r"layer 'linear': sharing='reduce' expects the examples in the first"):
         factors(two, x, likelihood="categorical", fisher="exact", sharing="reduce")
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_batch_norm_keeps_its_digits_where_means_are_large(training: bool) -> None:
+    """Sums of x g and of g, whose difference counts, against x̂ in float64; maps of either memory format."""
+    torch.manual_seed(3)
+    layer = nn.BatchNorm2d(6, dtype=torch.float32).train(training)
+    adapter = find_layers(layer)[""]
+    assert isinstance(adapter, norm_module.BatchNormAdapter)
+    offsets = torch.tensor([0.0, 1.0, -10.0, 10.0, 100.0, -100.0]).view(1, 6, 1, 1)
+    x, g = torch.randn(16, 6, 20, 24) + offsets, torch.randn(16, 6, 20, 24)
+    layer.running_mean, layer.running_var = x.mean((0, 2, 3)) + 0.5, x.var((0, 2, 3)) * 1.5
+    exact = x.double()
+    mean, variance = exact.mean((0, 2, 3)), exact.var((0, 2, 3), correction=0)
+    if not training:
+        mean, variance = layer.running_mean.double(), layer.running_var.double()
+    normalised = (exact - mean.view(1, 6, 1, 1)) / (variance + layer.eps).sqrt().view(1, 6, 1, 1)
+    expected = (normalised * g).sum((2, 3)), g.double().sum((2, 3))
+    scale = expected[0].square().mean(0).sqrt()
+    for layout in (torch.contiguous_format, torch.channels_last):
+        scaled, shifted = adapter.example_sums(g.to(memory_format=layout), x.to(memory_format=layout))
+        assert scaled.dtype == shifted.dtype == torch.float32
+        errors = (scaled - expected[0]).abs().amax(0) / scale
+        assert bool((errors <= 5e-6 * (1 + offsets.flatten().abs())).all()), errors
+        torch.testing.assert_close(shifted.double(), expected[1], rtol=1e-5, atol=1e-4)
