@@ -123,8 +123,10 @@ class Background:
 
     def retire(self, step: int) -> None:
         """Forget what `arrive` returned: the step was taken."""
-        self.seconds = sum(request.seconds for request in self._due(step))
-        self._requests = [request for request in self._requests if request not in self._due(step)]
+        due = self._due(step)
+        if due:
+            self.seconds = sum(request.seconds for request in due)
+            self._requests = [request for request in self._requests if request not in due]
 
     def submit(
         self,
