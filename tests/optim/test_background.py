@@ -65,7 +65,7 @@ def made(staleness: int, **options: Any) -> tuple[nn.Module, KFAC]:
     return model, KFAC(model, 0.1, max_staleness=staleness, seed=0, **options)
 
 
-@pytest.mark.parametrize(("staleness", "every"), [(1, 3), (2, 3), (3, 3), (5, 2), (4, 1)])
+@pytest.mark.parametrize(("staleness", "every"), [(1, 3), (3, 3), (5, 2)])
 @pytest.mark.parametrize("solve", ["inverse", "eigen"])
 def test_a_step_uses_what_a_synchronous_run_used_so_many_steps_before(solve: str, staleness: int, every: int) -> None:
     model, optimizer = made(staleness, solve=solve, inverse_every=every, damping=lambda step: 0.1 / (1 + step))
@@ -138,13 +138,16 @@ def test_the_first_inverse_is_made_at_once(monkeypatch: pytest.MonkeyPatch) -> N
     every=st.integers(1, 3),
     at=st.integers(0, 6),
     solve=st.sampled_from(["inverse", "eigen"]),
+    structure=st.sampled_from(["kfac", "ekfac", "doubly_factored"]),
     conv=st.booleans(),
 )
-@settings(max_examples=8)
-def test_training_continues_bit_for_bit(staleness: int, every: int, at: int, solve: str, conv: bool) -> None:
+@settings(max_examples=9)
+def test_training_continues_bit_for_bit(
+    staleness: int, every: int, at: int, solve: str, structure: str, conv: bool
+) -> None:
     def make() -> tuple[nn.Module, KFAC]:
         model = convnet() if conv else mlp(4, 5, 3)
-        return model, KFAC(model, 0.1, solve=solve, inverse_every=every, max_staleness=staleness)
+        return model, KFAC(model, 0.1, structure=structure, solve=solve, inverse_every=every, max_staleness=staleness)
 
     data = [images(6) if conv else vectors(6, 4, 3) for _ in range(11)]
     model, optimizer = make()
@@ -382,7 +385,7 @@ def test_a_forked_process_makes_pending_inverses_itself() -> None:
         for batch in data[3:]:
             train_step(model, optimizer, *batch)
         total = sum(float(p.double().sum()) for p in snapshot(model)).hex()
-        print(total, flush=True)
+        os.write(1, (total + chr(10)).encode())  # in one piece: both processes write
         if child == 0:
             os._exit(0)
         assert os.waitpid(child, 0)[1] == 0

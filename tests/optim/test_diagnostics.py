@@ -99,6 +99,20 @@ def test_the_condition_of_measured_eigenvalues() -> None:
         values = optimizer.state_dict()["kronfac"]["layers"]["0"]["extra"][name] + 0.05
         found = optimizer.diagnostics()["layers"]["0"]["condition"]
         assert found == pytest.approx(float(values.max() / values.min()))
+def test_the_condition_of_ekfac_is_that_of_its_measured_eigenvalues() -> None:
+    model = mlp(4, 5, 3, dtype=torch.float64)
+    optimizer = KFAC(model, 0.01, structure="ekfac", damping=0.05, inverse_every=2, fisher="exact")
+    for _ in range(3):
+        train_step(model, optimizer, *vectors(9, 4, 3, torch.float64))
+    report = optimizer.diagnostics()["layers"]
+    for layer in optimizer._coverage.layers:
+        assert layer.factors is not None
+        assert layer.factorisation is not None
+        vectors_A, vectors_G = layer.factorisation["right_vectors"], layer.factorisation["left_vectors"]
+        basis = torch.kron(vectors_A, vectors_G)
+        dense = basis @ torch.diag(layer.factors.extra["S"].mT.flatten()) @ basis.mT
+        dense = dense + 0.05 * torch.eye(len(dense), dtype=dense.dtype)
+        assert report[layer.name]["condition"] == pytest.approx(float(torch.linalg.cond(dense, 2)), rel=1e-6)
 
 
 def test_counts_ages_and_options() -> None:

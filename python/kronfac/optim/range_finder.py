@@ -263,7 +263,8 @@ def _in_silence(optimizer: Optimizer) -> Iterator[None]:
     if not isinstance(optimizer, KFAC):
         yield
         return
-    clips, reporter, clock = list(optimizer.clip_scales), optimizer._reporter, optimizer._clock
+    clips, norms = list(optimizer.clip_scales), list(optimizer.norm_scales)
+    reporter, clock = optimizer._reporter, optimizer._clock
     hooks = optimizer._optimizer_step_post_hooks
     kept = dict(hooks)
     recorder = optimizer._live_recorder()
@@ -274,7 +275,8 @@ def _in_silence(optimizer: Optimizer) -> Iterator[None]:
     try:
         yield
     finally:
-        optimizer.clip_scales, optimizer._reporter, optimizer._clock = clips, reporter, clock
+        optimizer.clip_scales[:], optimizer.norm_scales[:] = clips, norms
+        optimizer._reporter, optimizer._clock = reporter, clock
         recorder = optimizer._live_recorder()
         recorder.clock = clock
         recorder.rows.take()  # of a trial that ended between forward and step
