@@ -71,11 +71,8 @@ def load_problem(
         UsageError: unknown name, bad data, or a function that does not return what it should.
     """
     where = _device(device)
-    # All three global streams: the user's function and loaders may draw from any of them.
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
     if ":" in name:
+        _seed(seed)
         return _custom(name, where)
     if name not in datasets.NAMES:
         raise UsageError(f"unknown problem {name!r}: expected {', '.join(datasets.NAMES)} or module:function")
@@ -85,7 +82,15 @@ def load_problem(
         data = datasets.load(name, data_dir)
     except datasets.DatasetError as error:
         raise UsageError(str(error)) from None
+    _seed(seed)  # after the data: the library that holds the digits draws a number when it is first imported
     return builtin_problem(data, batch_size=batch_size, seed=seed, device=where)
+
+
+def _seed(seed: int) -> None:
+    """All three global streams: the user's function and loaders may draw from any of them."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
 
 
 def builtin_problem(
