@@ -82,6 +82,21 @@ def test_a_copied_optimizer_has_a_copied_model() -> None:
     assert watched() is None
 
 
+def test_a_scaler_is_copied_along() -> None:
+    model, scaler = mlp(3, 4, 2), torch.amp.GradScaler("cpu", init_scale=64.0)
+    optimizer = KFAC(model, 0.1, fisher="empirical", grad_scaler=scaler)
+    twin, own, other = copy.deepcopy((model, optimizer, scaler))
+    x, y = vectors(5, 3, 2)
+    for net, some, scale in ((model, optimizer, scaler), (twin, own, other)):
+        scale.scale(torch.ones(()))  # makes the scale
+        scale.update(new_scale=2.0 ** (5 if net is twin else 6))
+        scale.scale(torch.nn.functional.cross_entropy(net(x), y)).backward()
+        scale.unscale_(some)
+        scale.step(some)
+        scale.update()
+    assert equal(snapshot(model), snapshot(twin))  # each with the scale of its own
+
+
 def test_the_copy_does_not_warn_again() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.PReLU(), nn.Linear(4, 2))
     with pytest.warns(UserWarning, match="train as SGD"):

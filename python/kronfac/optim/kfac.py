@@ -28,7 +28,7 @@ from kronfac.optim.diagnostics import diagnose
 from kronfac.optim.groups import GroupedOptimizer
 from kronfac.optim.layers import Coverage, assign, check_layers, same_tensors
 from kronfac.optim.memory import MemoryReport, held
-from kronfac.optim.moved import follow
+from kronfac.optim.moved import follow, places
 from kronfac.optim.options import Schedule
 from kronfac.optim.refusals import refuse_compiled_in_place, refuse_model, refuse_parameters, refuse_replaced
 from kronfac.optim.replay import Replayer
@@ -125,6 +125,10 @@ class KFAC(GroupedOptimizer):
         seed: of the sampler's own generator; None takes `torch.initial_seed()`. Under a process group the rank is
             added.
 
+    `copy.deepcopy((model, optimizer))` and pickle give an optimizer that watches the copied model and continues
+    exactly; copy between steps, and a `grad_scaler` along with them. Pass the result of `torch.compile` as the model
+    where it is compiled: forwards of which statistics are taken then run uncompiled.
+
     lr, momentum, damping, kl_clip, norm_constraint, factor_every and inverse_every may be callables of the step; they
     are evaluated at every step and are not part of a checkpoint.
 
@@ -142,7 +146,8 @@ class KFAC(GroupedOptimizer):
     Raises:
         TypeError: an option of the wrong type.
         ValueError: an option outside its range or unknown, a model without parameters, a layer split as described
-            above.
+            above; a model that cannot be watched (scripted, compiled in place, replicated, sharded), parameters on the
+            meta device.
     """
 
     # GradScaler then hands over grad_scale and found_inf instead of waiting for the device and leaving step() out.
@@ -278,6 +283,7 @@ class KFAC(GroupedOptimizer):
         if self._adaptive:
             self.adaptation = control.Adaptation.start(self.param_groups)
         self._coverage = Coverage([])
+        self._places: list[tuple[torch.dtype, torch.device]] = []
         self._generator = torch.Generator(self._home())
         self._generator.manual_seed(((torch.initial_seed() if seed is None else seed) + _rank()) % 2**64)
         self._cover()
@@ -367,7 +373,8 @@ class KFAC(GroupedOptimizer):
             What the closure returned first, None without one.
 
         Raises:
-            RuntimeError: no statistics were ever recorded; the message names the likely causes.
+            RuntimeError: no statistics were ever recorded; the message names the likely causes. A covered layer's
+                parameters are no longer the model's.
             TypeError, ValueError: an option that a scheduler or callable has moved out of its range.
             ValueError: a sparse gradient; fisher="empirical" with gradients unscaled by a GradScaler that was not
                 passed; `adaptive` without a closure, under a GradScaler or under an lr scheduler.
@@ -432,7 +439,9 @@ class KFAC(GroupedOptimizer):
                 if layer.name in fresh and layer.following != following[layer.name]:
                     fresh[layer.name] = replace(fresh[layer.name], extra={})
             rows = {}
-        follow(layers, self.state, self._background)
+        if (now := places(self.param_groups)) != self._places:
+            follow(layers, self.state, self._background)
+            self._places = now
         self._generator = recorder.generator  # another one where the model has moved to another device
         if scale is not None:
             unscale(self.param_groups, scale)
