@@ -99,6 +99,8 @@ def test_the_condition_of_measured_eigenvalues() -> None:
         values = optimizer.state_dict()["kronfac"]["layers"]["0"]["extra"][name] + 0.05
         found = optimizer.diagnostics()["layers"]["0"]["condition"]
         assert found == pytest.approx(float(values.max() / values.min()))
+
+
 def test_the_condition_of_ekfac_is_that_of_its_measured_eigenvalues() -> None:
     model = mlp(4, 5, 3, dtype=torch.float64)
     optimizer = KFAC(model, 0.01, structure="ekfac", damping=0.05, inverse_every=2, fisher="exact")

@@ -105,6 +105,20 @@ def test_replaced_parameters_are_refused_instead_of_never_trained(how: str) -> N
     assert how == "to meta" or equal(before, snapshot(model))
 
 
+def test_a_layer_that_was_exchanged_is_noticed() -> None:
+    """Torch's optimizers would go on in silence; here the old layer no longer reports statistics."""
+    model = mlp(4, 5, 3)
+    optimizer = KFAC(model, 0.1)
+    x, y = vectors(6, 4, 3)
+    train_step(model, optimizer, x, y)
+    model[2] = nn.Linear(5, 3)
+    with pytest.warns(UserWarning, match=r"layers '2' are no longer part of the model.*add_param_group"):
+        train_step(model, optimizer, x, y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train_step(model, optimizer, x, y)
+
+
 class Adapted(nn.Module):
     """LoRA by hand: a frozen layer beside the product of two small ones."""
 

@@ -30,7 +30,7 @@ from kronfac.optim.layers import Coverage, assign, check_layers, same_tensors
 from kronfac.optim.memory import MemoryReport, held
 from kronfac.optim.moved import follow, places
 from kronfac.optim.options import Schedule
-from kronfac.optim.refusals import refuse_compiled_in_place, refuse_model, refuse_parameters, refuse_replaced
+from kronfac.optim.refusals import gone, refuse_compiled_in_place, refuse_model, refuse_parameters, refuse_replaced
 from kronfac.optim.replay import Replayer
 from kronfac.optim.report import Reporter
 from kronfac.optim.step import advance, unscale, world_size
@@ -471,6 +471,8 @@ class KFAC(GroupedOptimizer):
             self._counters["skipped_steps"] += 1
         if awaited and not fresh and outcome.applied and recorder.idle and not recorder.forced:
             self._reporter.stale(layers, recorder.observed())
+        if awaited and len(fresh) < len(layers):  # not looked for where every layer was seen
+            self._reporter.replaced(gone(self.model, [layer for layer in layers if layer.name not in fresh]))
         self._announce_due()
         if outcome.applied or found_inf is None:  # GradScaler probes for overflow on purpose
             self._reporter.outcome(outcome, self.model, self._parameters())

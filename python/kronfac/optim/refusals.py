@@ -84,14 +84,19 @@ def refuse_replaced(model: nn.Module, layers: Sequence[Layer]) -> None:
     Raises:
         RuntimeError: a covered layer's parameter is no longer one of the model's.
     """
-    here = {id(p) for p in model.parameters()}
-    names = [layer.name for layer in layers if any(id(p) not in here for p in layer.parameters)]
+    names = gone(model, layers)
     if names:
         raise RuntimeError(
             f"KFAC.step: the parameters of layers {', '.join(map(repr, names[:5]))} are no longer the model's: they "
             "were replaced since the optimizer was made (weight_norm, model.to('meta'), to_empty, fully_shard, an "
             "assignment). Make a new optimizer for the model as it is now"
         )
+
+
+def gone(model: nn.Module, layers: Iterable[Layer]) -> list[str]:
+    """Names of the layers of which a parameter is no longer one of the model's."""
+    here = {id(p) for p in model.parameters()}
+    return [layer.name for layer in layers if any(id(p) not in here for p in layer.parameters)]
 
 
 def _name(model: nn.Module, parameter: Tensor) -> str:

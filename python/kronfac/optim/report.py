@@ -38,6 +38,16 @@ class Reporter:
                 "in train mode, or use record_statistics() (this is said once)",
             )
 
+    def replaced(self, names: Sequence[str]) -> None:
+        """Warn of layers that were taken out of the model: what has come in their place is not trained."""
+        if names:
+            self.once(
+                f"replaced {names}",
+                f"KFAC: layers {', '.join(map(repr, names[:5]))} are no longer part of the model; layers that have "
+                "replaced them are not trained by this optimizer. Add their parameters (add_param_group), or make a "
+                "new optimizer",
+            )
+
     def outcome(self, outcome: Outcome, model: nn.Module, parameters: Sequence[Tensor]) -> None:
         """Warn of what went wrong in a step: values that are not finite, inverses that failed, missing statistics."""
         if not outcome.applied:
