@@ -25,13 +25,18 @@ struct Problem {
   T* x;
 };
 
+// From this order on a matrix is several times as large as an L2 cache of 2 MiB, and the fewer blocks of pivots pass
+// over it, the better.
+constexpr int64_t kLargeOrder = 1536;
+
 // The way to one inverse: how much memory of its own it needs, or the result.
 template <class T>
 class Method {
  public:
   int64_t bytes(int64_t n) const {
     if (n <= kLeaf) return 0;
-    return wide(n) ? wide_.bytes(n) : sweep_.bytes(n);
+    if (wide(n)) return wide_.bytes(n);
+    return n < kLargeOrder ? sweep_.bytes(n) : large_.bytes(n);
   }
 
   // Returns info; where it is not 0, x is NaN.
@@ -47,11 +52,13 @@ class Method {
   int32_t invert(const Problem<T>& p, int64_t threads, std::byte* memory) const {
     if (p.n <= kLeaf) return kernels_.damped_inverse.small(p.f, p.row_stride, p.col_stride, p.n, p.damping, p.x);
     if (wide(p.n)) return wide_.run(p.f, p.row_stride, p.col_stride, p.n, p.damping, p.x, 1, memory);
-    return sweep_.run(p.f, p.row_stride, p.col_stride, p.n, p.damping, p.x, threads, memory);
+    const InverseSweep<T, T>& sweep = p.n < kLargeOrder ? sweep_ : large_;
+    return sweep.run(p.f, p.row_stride, p.col_stride, p.n, p.damping, p.x, threads, memory);
   }
 
   Kernels<T> kernels_;
   InverseSweep<T, T> sweep_{*kernels_.damped_inverse.sweep, *kernels_.damped_inverse.sweep_copies};
+  InverseSweep<T, T> large_{*kernels_.damped_inverse.large_sweep, *kernels_.damped_inverse.sweep_copies};
   InverseSweep<T, double> wide_{*kernels_.table.damped_inverse_f64->sweep, *kernels_.damped_inverse.wide_sweep_copies};
 };
 
@@ -84,6 +91,8 @@ void invert_all(const std::vector<Tensor>& factors, const std::vector<double>& d
   for (const Problem<T>& p : problems) bytes = std::max(bytes, method.bytes(p.n));
   const int64_t workers = std::max<int64_t>(1, std::min(threads, static_cast<int64_t>(order.size() - shared)));
   const Scratch memory(bytes * workers);
+  // Updates go across the rows of a workspace, each of which is more than a small page.
+  prefer_large_pages(memory.template at<std::byte>(), bytes * workers);
 
   const auto run = [&](int64_t i, int64_t worker, int64_t inner_threads) {
     const size_t at = static_cast<size_t>(i);

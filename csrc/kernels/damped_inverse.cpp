@@ -56,7 +56,7 @@ template <class T>
 int32_t small(const T* f, int64_t row_stride, int64_t col_stride, int64_t n, Real damping, T* x) {
   alignas(64) Real u[kLeaf * kLeaf];
   alignas(64) Real w[kLeaf * kLeaf];
-  const int64_t padded = pad(u, n);
+  const int64_t padded = pad<kLeaf>(u, n);
   int bad = 0;
   for (int64_t i = 0; i < n; ++i) {
     for (int64_t j = 0; j <= i; ++j) {
@@ -67,10 +67,10 @@ int32_t small(const T* f, int64_t row_stride, int64_t col_stride, int64_t n, Rea
     u[i * kLeaf + i] += damping;
   }
   if (bad != 0) return -1;
-  if (const int32_t info = invert_root(u, w, padded)) return info;
+  if (const int32_t info = invert_root<kLeaf>(u, w, padded)) return info;
   // x := W^T W, upper triangle first: row i is the sum over k >= i of W[k, i] times row k of W; W is lower, so all of
   // row k counts for the symmetric result, and the part right of the diagonal is what is kept.
-  clear(u, padded);
+  clear<kLeaf>(u, padded);
   constexpr int64_t lanes = kLanes<Real>;
   for (int64_t i = 0; i < padded; i += kRows) {
     for (int64_t j = i / lanes * lanes; j < padded; j += lanes) {
@@ -132,12 +132,14 @@ const DampedInverseKernels<float> damped_inverse_f32{.copy_in = copy_in<float>,
                                                      .small = small<float>,
                                                      .mirror = mirror<float>,
                                                      .sweep = &sweep_f32,
+                                                     .large_sweep = &large_sweep_f32,
                                                      .sweep_copies = &sweep_copies_f32,
                                                      .wide_sweep_copies = &sweep_copies_f32_in_f64};
 const DampedInverseKernels<double> damped_inverse_f64{.copy_in = copy_in<double>,
                                                       .small = small<double>,
                                                       .mirror = mirror<double>,
                                                       .sweep = &sweep_f64,
+                                                      .large_sweep = &large_sweep_f64,
                                                       .sweep_copies = &sweep_copies_f64,
                                                       .wide_sweep_copies = &sweep_copies_f64};
 

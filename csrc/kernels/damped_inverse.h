@@ -23,6 +23,7 @@ struct DampedInverseKernels {
   bool (*mirror)(T* x, int64_t n, int64_t row0, int64_t row1);
   // For larger orders, in T and, for matrices of type T, in double.
   const SweepKernels<T>* sweep;
+  const SweepKernels<T>* large_sweep;  // the same with more pivots to a block
   const SweepCopies<T, T>* sweep_copies;
   const SweepCopies<T, double>* wide_sweep_copies;
 };

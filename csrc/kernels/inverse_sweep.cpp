@@ -27,6 +27,9 @@ constexpr Cut kCut<float>{2 * kStepTerms, kBlock, kBlock, kStripLines};
 
 template <class T>
 constexpr int64_t kPivots = kCut<T>.pivots;
+// Of a matrix beyond the caches, which every block reads and writes as a whole.
+template <class T>
+constexpr int64_t kLargePivots = 2 * kPivots<T>;
 template <class T>
 constexpr int64_t kWidth = kCut<T>.width;
 template <class T>
@@ -165,13 +168,15 @@ bool unload_rows(const T* work, int64_t n, int64_t row0, int64_t row1, S* x) {
   return bad == 0 && all_zero<S>(defect);
 }
 
-template <class T>
+template <class T, int64_t pivots>
 int32_t pivot(const T* work, int64_t n, int64_t k0, int64_t count, T* w) {
-  alignas(64) Real u[kLeaf * kLeaf];
-  alignas(64) Real inverse[kLeaf * kLeaf];
+  constexpr int64_t leaf = pivots <= kLeaf ? kLeaf : 2 * kLeaf;
+  static_assert(pivots <= leaf);
+  alignas(64) Real u[leaf * leaf];
+  alignas(64) Real inverse[leaf * leaf];
   constexpr int64_t lanes = kLanes<T>;
-  static_assert(kPivots<T> % lanes == 0);
-  const int64_t ld = stride<T>(n), padded = pad(u, count);
+  static_assert(pivots % lanes == 0);
+  const int64_t ld = stride<T>(n), padded = pad<leaf>(u, count);
   const T* block = work + k0 * ld + k0;
   for (int64_t ib = 0; ib < count; ib += lanes) {
     for (int64_t jb = 0; jb <= ib; jb += lanes) {
@@ -180,32 +185,32 @@ int32_t pivot(const T* work, int64_t n, int64_t k0, int64_t count, T* w) {
       for (int64_t i = 0; i < lanes; ++i) v[i] = ib + i < count ? load(block + (ib + i) * ld + jb) : Vector<T>{};
       transpose<T>(v);
       const int64_t rows = smaller(lanes, count - jb);
-      for (int64_t j = 0; j < rows; ++j) store_as<T>(u + (jb + j) * kLeaf + ib, -v[j]);
+      for (int64_t j = 0; j < rows; ++j) store_as<T>(u + (jb + j) * leaf + ib, -v[j]);
     }
   }
-  if (const int32_t info = invert_root(u, inverse, padded)) return info;
+  if (const int32_t info = invert_root<leaf>(u, inverse, padded)) return info;
   // Right of its diagonal the inverse is zero.
   for (int64_t i = 0; i < count; ++i) {
-    for (int64_t j = 0; j < kPivots<T>; j += lanes) store(w + i * kPivots<T> + j, load_as<T>(inverse + i * kLeaf + j));
+    for (int64_t j = 0; j < pivots; j += lanes) store(w + i * pivots + j, load_as<T>(inverse + i * leaf + j));
   }
-  for (int64_t at = count * kPivots<T>; at < kPivots<T> * kPivots<T>; ++at) w[at] = 0;
+  for (int64_t at = count * pivots; at < pivots * pivots; ++at) w[at] = 0;
   return 0;
 }
 
 // Columns j0 <= j < j0 + width of Y^T, count rows.
-template <class T>
+template <class T, int64_t pivots>
 void panel_of(const T* work, int64_t n, int64_t k0, int64_t count, const T* w, int64_t j0, T* panel) {
   constexpr int64_t mr = kMr<T>, width = kWidth<T>;
-  static_assert(kPivots<T> % width == 0 && kPivots<T> % mr == 0 && kPivots<T> <= kLeaf);
+  static_assert(pivots % width == 0 && pivots % mr == 0);
   const int64_t ld = stride<T>(n);
-  if (j0 >= k0 && j0 < k0 + kPivots<T>) {
+  if (j0 >= k0 && j0 < k0 + pivots) {
     for (int64_t k = 0; k < count; ++k) {
-      for (int64_t j = 0; j < width; ++j) panel[k * width + j] = w[k * kPivots<T> + j0 - k0 + j];
+      for (int64_t j = 0; j < width; ++j) panel[k * width + j] = w[k * pivots + j0 - k0 + j];
     }
     return;
   }
   // Left of the block its own rows are the panel; below, rows have to be turned into one.
-  alignas(panel_alignment) T transposed[kPivots<T> * width];
+  alignas(panel_alignment) T transposed[pivots * width];
   const bool left = j0 < k0;
   if (!left) {
     pack_panel<T, width>(work + j0 * ld + k0, 1, ld, count, smaller(width, padded_rows<T>(n) - j0), transposed);
@@ -213,27 +218,25 @@ void panel_of(const T* work, int64_t n, int64_t k0, int64_t count, const T* w, i
   const T* right = left ? work + k0 * ld + j0 : transposed;
   const TileKernel<T> kernel = kTileKernels<T, true>(mr, width / kLanes<T>);
   for (int64_t r = 0; r < count; r += mr) {
-    kernel(smaller(r + mr, count), {w + r * kPivots<T>, kPivots<T>, right, left ? ld : width, right, 0, T(1), T(0),
+    kernel(smaller(r + mr, count), {w + r * pivots, pivots, right, left ? ld : width, right, 0, T(1), T(0),
                                     panel + r * width, width, kLanes<T>});
   }
 }
 
-// Products on the vector units: Y^T panel by panel, (kPivots, width) each.
-template <class T>
+// Products on the vector units: Y^T panel by panel, (pivots, width) each.
+template <class T, int64_t pivots>
 struct VectorUpdate {
-  static int64_t panel_bytes(int64_t n) {
-    return round_up(n, kWidth<T>) * kPivots<T> * static_cast<int64_t>(sizeof(T));
-  }
+  static int64_t panel_bytes(int64_t n) { return round_up(n, kWidth<T>) * pivots * static_cast<int64_t>(sizeof(T)); }
   static void panels(const T* work, int64_t n, int64_t k0, int64_t count, const T* w, int64_t p0, int64_t p1, void* y);
   static void update(T* work, int64_t n, int64_t k0, int64_t count, const void* y, int64_t row0, int64_t row1);
 };
 
-template <class T>
-void VectorUpdate<T>::panels(const T* work, int64_t n, int64_t k0, int64_t count, const T* w, int64_t p0, int64_t p1,
-                             void* y) {
+template <class T, int64_t pivots>
+void VectorUpdate<T, pivots>::panels(const T* work, int64_t n, int64_t k0, int64_t count, const T* w, int64_t p0,
+                                     int64_t p1, void* y) {
   constexpr int64_t width = kWidth<T>;
   for (int64_t p = p0; p < p1; ++p)
-    panel_of(work, n, k0, count, w, p * width, static_cast<T*>(y) + p * width * kPivots<T>);
+    panel_of<T, pivots>(work, n, k0, count, w, p * width, static_cast<T*>(y) + p * width * pivots);
 }
 
 template <class T, int vectors>
@@ -260,16 +263,17 @@ inline void add_tile(int64_t needed, int64_t count, const T* a, const T* b, bool
   add_tile<T, vectors>(count, a, b, overwrite, out, ld);
 }
 
-template <class T>
-void VectorUpdate<T>::update(T* work, int64_t n, int64_t k0, int64_t count, const void* y, int64_t row0, int64_t row1) {
+template <class T, int64_t pivots>
+void VectorUpdate<T, pivots>::update(T* work, int64_t n, int64_t k0, int64_t count, const void* y, int64_t row0,
+                                     int64_t row1) {
   constexpr int64_t mr = kMr<T>, width = kWidth<T>;
   const int64_t ld = stride<T>(n);
   const T* panels = static_cast<const T*>(y);
-  const auto inside = [&](int64_t i) { return i >= k0 && i < k0 + kPivots<T>; };
+  const auto inside = [&](int64_t i) { return i >= k0 && i < k0 + pivots; };
   for (int64_t j = 0; j < row1; j += width) {
     for (int64_t i = larger(row0, j); i < row1; i += mr) {
       const int64_t needed = smaller(width, touched<T>(i) - j) / kLanes<T>;
-      add_tile<T>(needed, count, panels + i / width * width * kPivots<T> + i % width, panels + j * kPivots<T>,
+      add_tile<T>(needed, count, panels + i / width * width * pivots + i % width, panels + j * pivots,
                   inside(i) || inside(j), work + i * ld + j, ld);
     }
   }
@@ -277,19 +281,20 @@ void VectorUpdate<T>::update(T* work, int64_t n, int64_t k0, int64_t count, cons
 
 #ifdef KRONFAC_SPLIT
 // Products on the matrix units: all left strips of Y, then all right ones.
+template <int64_t pivots>
 struct SplitUpdate {
   static int64_t side_bytes(int64_t n, int64_t count) {
     return round_up(n, kWidth<float>) / kStripLines * strip_bytes(count, kFloatParts);
   }
-  static int64_t panel_bytes(int64_t n) { return 2 * side_bytes(n, kPivots<float>); }
+  static int64_t panel_bytes(int64_t n) { return 2 * side_bytes(n, pivots); }
 
   static void panels(const float* work, int64_t n, int64_t k0, int64_t count, const float* w, int64_t p0, int64_t p1,
                      void* y) {
     constexpr int64_t width = kWidth<float>;
-    alignas(panel_alignment) float panel[kPivots<float> * width];
+    alignas(panel_alignment) float panel[pivots * width];
     const int64_t bytes = width / kStripLines * strip_bytes(count, kFloatParts);
     for (int64_t p = p0; p < p1; ++p) {
-      panel_of(work, n, k0, count, w, p * width, panel);
+      panel_of<float, pivots>(work, n, k0, count, w, p * width, panel);
       char* left = static_cast<char*>(y) + p * bytes;
       pack_lines<kFloatParts>(panel, width, count, width, left, left + side_bytes(n, count));
     }
@@ -298,7 +303,7 @@ struct SplitUpdate {
   static void update(float* work, int64_t n, int64_t k0, int64_t count, const void* y, int64_t row0, int64_t row1) {
     const int64_t ld = stride<float>(n), bytes = strip_bytes(count, kFloatParts);
     const char* left = static_cast<const char*>(y);
-    const auto inside = [&](int64_t i) { return i >= k0 && i < k0 + kPivots<float>; };
+    const auto inside = [&](int64_t i) { return i >= k0 && i < k0 + pivots; };
     const int64_t end = round_up(row1, kStripLines);
     const Tiles tiles;
     multiply_chunk<kFloatParts>(end - row0, end, count, left + row0 / kStripLines * bytes, left + side_bytes(n, count),
@@ -311,24 +316,31 @@ struct SplitUpdate {
 };
 #endif
 
-template <class T, class Update>
+template <class T, int64_t block_pivots, class Update>
 constexpr SweepKernels<T> kernels_of{.stride = stride<T>,
                                      .workspace_bytes = workspace_bytes<T>,
                                      .panel_bytes = Update::panel_bytes,
-                                     .pivots = kPivots<T>,
+                                     .pivots = block_pivots,
                                      .width = kWidth<T>,
-                                     .pivot = pivot<T>,
+                                     .pivot = pivot<T, block_pivots>,
                                      .panels = Update::panels,
                                      .update = Update::update};
 
+#ifdef KRONFAC_SPLIT
+template <int64_t pivots>
+using UpdateF32 = SplitUpdate<pivots>;
+#else
+template <int64_t pivots>
+using UpdateF32 = VectorUpdate<float, pivots>;
+#endif
+
 }  // namespace
 
-#ifdef KRONFAC_SPLIT
-const SweepKernels<float> sweep_f32 = kernels_of<float, SplitUpdate>;
-#else
-const SweepKernels<float> sweep_f32 = kernels_of<float, VectorUpdate<float>>;
-#endif
-const SweepKernels<double> sweep_f64 = kernels_of<double, VectorUpdate<double>>;
+const SweepKernels<float> sweep_f32 = kernels_of<float, kPivots<float>, UpdateF32<kPivots<float>>>;
+const SweepKernels<float> large_sweep_f32 = kernels_of<float, kLargePivots<float>, UpdateF32<kLargePivots<float>>>;
+const SweepKernels<double> sweep_f64 = kernels_of<double, kPivots<double>, VectorUpdate<double, kPivots<double>>>;
+const SweepKernels<double> large_sweep_f64 =
+    kernels_of<double, kLargePivots<double>, VectorUpdate<double, kLargePivots<double>>>;
 const SweepCopies<float, float> sweep_copies_f32{load_rows<float, float>, unload_rows<float, float>};
 const SweepCopies<double, double> sweep_copies_f64{load_rows<double, double>, unload_rows<double, double>};
 const SweepCopies<float, double> sweep_copies_f32_in_f64{load_rows<float, double>, unload_rows<float, double>};

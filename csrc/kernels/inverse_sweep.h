@@ -51,6 +51,8 @@ struct SweepCopies {
 namespace KRONFAC_ISA {
 extern const SweepKernels<float> sweep_f32;
 extern const SweepKernels<double> sweep_f64;
+extern const SweepKernels<float> large_sweep_f32;
+extern const SweepKernels<double> large_sweep_f64;
 extern const SweepCopies<float, float> sweep_copies_f32;
 extern const SweepCopies<double, double> sweep_copies_f64;
 extern const SweepCopies<float, double> sweep_copies_f32_in_f64;

@@ -33,19 +33,19 @@ static inline bool all_zero(Vector<T> defect) {
 using Real = double;
 
 // target[first + r, from:to] -= sum over k < first of scale[k, first + r] * rows[k, from:to], r < kRows. All are
-// (kLeaf, kLeaf) row-major; from and to are rounded outwards to whole vectors, which stay inside a row of kLeaf
-// entries.
+// (leaf, leaf) row-major; from and to are rounded outwards to whole vectors, which stay inside a row of leaf entries.
+template <int64_t leaf>
 static inline void eliminate(const Real* scale, const Real* rows, Real* target, int64_t first, int64_t from,
                              int64_t to) {
   constexpr int64_t lanes = kLanes<Real>;
   for (int64_t j = from / lanes * lanes; j < to; j += lanes) {
     Vector<Real> sum[kRows];
-    for (int r = 0; r < kRows; ++r) sum[r] = load(target + (first + r) * kLeaf + j);
+    for (int r = 0; r < kRows; ++r) sum[r] = load(target + (first + r) * leaf + j);
     for (int64_t k = 0; k < first; ++k) {
-      const Vector<Real> row = load(rows + k * kLeaf + j);
-      for (int r = 0; r < kRows; ++r) sum[r] -= scale[k * kLeaf + first + r] * row;
+      const Vector<Real> row = load(rows + k * leaf + j);
+      for (int r = 0; r < kRows; ++r) sum[r] -= scale[k * leaf + first + r] * row;
     }
-    for (int r = 0; r < kRows; ++r) store(target + (first + r) * kLeaf + j, sum[r]);
+    for (int r = 0; r < kRows; ++r) store(target + (first + r) * leaf + j, sum[r]);
   }
 }
 
@@ -60,20 +60,22 @@ static inline void multiply(Real* target, Real scale, int64_t from, int64_t to) 
   for (int64_t j = from / lanes * lanes; j < to; j += lanes) store(target + j, scale * load(target + j));
 }
 
+template <int64_t leaf>
 static inline void clear(Real* rows, int64_t count) {
-  for (int64_t at = 0; at < count * kLeaf; at += kLanes<Real>) store(rows + at, Vector<Real>{});
+  for (int64_t at = 0; at < count * leaf; at += kLanes<Real>) store(rows + at, Vector<Real>{});
 }
 
 // w := L^-1 (lower triangle, zeros above) of the matrix whose lower triangle is in u (transposed: u[j, i] for i >= j).
-// Both have kLeaf columns and `padded` rows, a multiple of kRows. Returns 0 or the order of the first bad leading
+// Both have leaf columns and `padded` rows, a multiple of kRows. Returns 0 or the order of the first bad leading
 // minor.
+template <int64_t leaf>
 static int32_t invert_root(Real* u, Real* w, int64_t padded) {
-  alignas(64) Real inverse_pivot[kLeaf];
+  alignas(64) Real inverse_pivot[leaf];
   for (int64_t first = 0; first < padded; first += kRows) {
-    eliminate(u, u, u, first, first, padded);
+    eliminate<leaf>(u, u, u, first, first, padded);
     for (int64_t i = first; i < first + kRows; ++i) {
-      Real* row = u + i * kLeaf;
-      for (int64_t k = first; k < i; ++k) axpy(row, u[k * kLeaf + i], u + k * kLeaf, i, padded);
+      Real* row = u + i * leaf;
+      for (int64_t k = first; k < i; ++k) axpy(row, u[k * leaf + i], u + k * leaf, i, padded);
       const Real pivot = row[i];
       if (!(pivot > 0) || !(pivot - pivot == 0)) return static_cast<int32_t>(i + 1);
       inverse_pivot[i] = 1 / __builtin_sqrt(pivot);
@@ -81,13 +83,13 @@ static int32_t invert_root(Real* u, Real* w, int64_t padded) {
     }
   }
   // Row i of L^-1 is (e_i - sum_{k<i} L[i, k] (row k of L^-1)) / L[i, i], and L[i, k] = u[k, i].
-  clear(w, padded);
-  for (int64_t i = 0; i < padded; ++i) w[i * kLeaf + i] = 1;
+  clear<leaf>(w, padded);
+  for (int64_t i = 0; i < padded; ++i) w[i * leaf + i] = 1;
   for (int64_t first = 0; first < padded; first += kRows) {
-    eliminate(u, w, w, first, 0, first);
+    eliminate<leaf>(u, w, w, first, 0, first);
     for (int64_t i = first; i < first + kRows; ++i) {
-      Real* row = w + i * kLeaf;
-      for (int64_t k = first; k < i; ++k) axpy(row, u[k * kLeaf + i], w + k * kLeaf, 0, k + 1);
+      Real* row = w + i * leaf;
+      for (int64_t k = first; k < i; ++k) axpy(row, u[k * leaf + i], w + k * leaf, 0, k + 1);
       multiply(row, inverse_pivot[i], 0, i + 1);
     }
   }
@@ -95,10 +97,11 @@ static int32_t invert_root(Real* u, Real* w, int64_t padded) {
 }
 
 // Rows of u past the matrix are those of the identity, so that groups of kRows rows need no remainder.
+template <int64_t leaf>
 static inline int64_t pad(Real* u, int64_t n) {
   const int64_t padded = (n + kRows - 1) / kRows * kRows;
-  clear(u, padded);
-  for (int64_t i = n; i < padded; ++i) u[i * kLeaf + i] = 1;
+  clear<leaf>(u, padded);
+  for (int64_t i = n; i < padded; ++i) u[i * leaf + i] = 1;
   return padded;
 }
 

@@ -57,7 +57,7 @@ def test_every_kind_of_size(n: int, dtype: torch.dtype) -> None:
     assert_inverse(f, 0.1, inverse)
 
 
-@pytest.mark.parametrize("n", [8, 33, 64, 100, 128, 129, 192, 256, 400, 512, 1024])
+@pytest.mark.parametrize("n", [8, 33, 64, 100, 128, 129, 192, 256, 400, 512, 1024, 1601])
 def test_accuracy_is_at_least_about_lapacks(n: int) -> None:
     ours, lapack = [], []
     for seed in range(8 if n <= 256 else 2):
@@ -157,7 +157,7 @@ def test_an_inverse_too_large_for_its_type_is_reported(n: int) -> None:
     assert inverse.isnan().all()
 
 
-@pytest.mark.parametrize("sizes", [[300], [300, 40, 40], [200, 200, 130, 8], [64] * 9, [1024], [770, 90]])
+@pytest.mark.parametrize("sizes", [[300], [300, 40, 40], [200, 200, 130, 8], [64] * 9, [1024], [770, 90], [1601]])
 def test_results_do_not_depend_on_threads_or_company(sizes: list[int]) -> None:
     factors = [factor(n) for n in sizes]
     shift = torch.tensor(0.05)
