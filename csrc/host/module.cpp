@@ -47,7 +47,7 @@ PYBIND11_MODULE(_host, m) {
       "instruction_sets",
       [] {
         std::vector<std::string> names;
-        for (const char* name : {"portable", "avx2", "avx512", "amx"}) {
+        for (const char* name : kronfac::kernels::kTableNames) {
           if (kronfac::kernels::find_table(name) != nullptr) names.emplace_back(name);
         }
         return names;

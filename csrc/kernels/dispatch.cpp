@@ -47,13 +47,13 @@ bool has_amx() {
 }
 #endif
 
-// Narrowest first: the last supported one is the default.
+// The last supported one is the default.
 struct Choices {
-  static constexpr int count = 4;
-  Choice list[count] = {{"portable", &portable::table, true},
-                        {"avx2", nullptr, false},
-                        {"avx512", nullptr, false},
-                        {"amx", nullptr, false}};
+  Choice list[4] = {{kTableNames[0], &portable::table, true},
+                    {kTableNames[1], nullptr, false},
+                    {kTableNames[2], nullptr, false},
+                    {kTableNames[3], nullptr, false}};
+  static_assert(sizeof(list) / sizeof(Choice) == sizeof(kTableNames) / sizeof(*kTableNames));
   Choices() {
 #if defined(__x86_64__)
     __builtin_cpu_init();

@@ -21,7 +21,7 @@
 namespace kronfac::kernels {
 
 struct Table {
-  const char* name;  // "portable", "avx2", "avx512" or "amx"
+  const char* name;  // one of kTableNames
   Blocks blocks_f32, blocks_f64;
 
   GemmF32 gemm_f32;
@@ -60,6 +60,9 @@ struct Table {
 // made at the first call and stays. Throws std::runtime_error when KRONFAC_ISA is not a known name or names what the
 // machine lacks.
 const Table& table();
+
+// All names, from the plainest instruction set to the widest.
+inline constexpr const char* kTableNames[] = {"portable", "avx2", "avx512", "amx"};
 
 // The table of one instruction set by name; nullptr when it was not built or the machine lacks it.
 const Table* find_table(const char* name);
