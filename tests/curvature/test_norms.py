@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import Generator, Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from torch.func import functional_call, jacrev
 
 from kronfac.curvature import Gaussian, NormAdapter, Recorder, factors, find_layers
@@ -219,3 +221,27 @@ def test_batch_norm_keeps_its_digits_where_means_are_large(training: bool) -> No
         errors = (scaled - expected[0]).abs().amax(0) / scale
         assert bool((errors <= 5e-6 * (1 + offsets.flatten().abs())).all()), errors
         torch.testing.assert_close(shifted.double(), expected[1], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_moments_that_a_batch_norm_kept_are_those_of_the_batch(dtype: torch.dtype) -> None:
+    """Its forward leaves mean and deviation in the graph; under hooks on saved tensors they are computed again."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3 * 16, 4)).to(dtype)
+    x = (3 + torch.randn(5, 2, 6, 6)).to(dtype)
+    found = []
+    for hooks in (nullcontext(), save_on_cpu()):
+        recorder = Recorder(model, find_layers(model), generator=torch.Generator().manual_seed(1))
+        with hooks:
+            model(x)
+        found.append(recorder.collect().factors()["1"].G)
+        recorder.remove()
+    norm = find_layers(model)["1"]
+    out = model[1](model[0](x))
+    kept = norm.kept_by(out)
+    assert (kept is None) == (dtype == torch.bfloat16)  # rounded to that, they are not worth having
+    if kept is not None:
+        torch.testing.assert_close(kept[0], model[0](x).detach().mean((0, 2, 3)), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-7)
+    model.eval()
+    assert norm.kept_by(model[1](model[0](x))) is None

@@ -221,6 +221,20 @@ class LayerAdapter(ABC):
         del x
         return g
 
+    def kept_by(self, output: Tensor) -> Any:
+        """What the layer's forward left in its graph and `layer_gradient_with` has a use for; None for nothing.
+
+        Args:
+            output: of the module, right after its forward.
+        """
+        del output
+        return None
+
+    def layer_gradient_with(self, g: Tensor, x: Tensor, kept: Any) -> Tensor:
+        """`layer_gradient`, where `kept_by` has found something."""
+        del kept
+        return self.layer_gradient(g, x)
+
     @abstractmethod
     def input_statistics(self, out: Tensor | None, x: Tensor, mask: Tensor | None) -> Tensor:
         """Add Σ ā āᵀ, ā = [a; 1], over the shared positions; with sharing="reduce" over the means of each example.

@@ -87,6 +87,7 @@ class Call:
         joined: whether the call before wants to see this one's input and gradients.
         gradient: the newest at the call's output, where it is `joined`; whoever has used it takes it away.
         crossed: whether its input was multiplied with that of the call after it.
+        kept: what the adapter found in the graph of the output; see `LayerAdapter.kept_by`.
     """
 
     adapter: LayerAdapter
@@ -105,6 +106,7 @@ class Call:
     joined: bool = False
     gradient: Tensor | None = None
     crossed: bool = False
+    kept: Any = None
 
     @property
     def keeps_input(self) -> bool:
@@ -139,7 +141,10 @@ class Call:
         """What the statistics are taken of, examples first, given the gradient at the call's output."""
         if self.adapter.keeps_input:
             assert self.x is not None
-            g = self.adapter.layer_gradient(g, self.x)
+            if self.kept is None:
+                g = self.adapter.layer_gradient(g, self.x)
+            else:
+                g = self.adapter.layer_gradient_with(g, self.x, self.kept)
         return g.transpose(0, 1) if self.flipped else g
 
 

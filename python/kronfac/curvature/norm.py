@@ -149,7 +149,9 @@ class ChannelNormAdapter(NormAdapter):
 
         Maps are large, and every pass over one of its own would show in the time of a step.
         """
-        scaled, shifted = self.example_sums(g.to(self.factor_dtype), x.to(self.factor_dtype))
+        return self._joined(*self.example_sums(g.to(self.factor_dtype), x.to(self.factor_dtype)))
+
+    def _joined(self, scaled: Tensor, shifted: Tensor) -> Tensor:
         if not self.has_bias:
             return scaled
         return torch.stack([scaled, shifted], -1 if self.groups > 1 else -2).flatten(-2)
@@ -200,17 +202,39 @@ class BatchNormAdapter(ChannelNormAdapter):
         difference (Σ x g - mean Σ g) loses digits where a mean is far larger than the deviation, as x itself did when
         it was rounded: at a hundred times, single sums are wrong by up to 3e-4 of their usual size.
         """
-        maps = x.dim() > 2 and x.numel() > 0 and x.is_contiguous()
-        if not maps or x.device.type != "cpu":
+        if not self._by_maps(x):
             return super().example_sums(g, x)
-        examples, channels, positions = x.flatten(2).shape
         if self._of_batch():
             mean, variance = torch.batch_norm_update_stats(x, None, None, 0.0)
         else:
             mean, variance = self._running(x.dtype)
+        return self._map_sums(g, x, mean, (variance + self._norm.eps).rsqrt())
+
+    def kept_by(self, output: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The batch's mean and inverse deviation, which the forward kept for its backward."""
+        node = output.grad_fn
+        # Under hooks on saved tensors a look at them has consequences: checkpointing would run the layers again.
+        if not self._of_batch() or node is None or node.name() != "NativeBatchNormBackward0" or _saving_is_hooked():
+            return None
+        moments: tuple[Tensor, Tensor] = node._saved_result1, node._saved_result2  # type: ignore[attr-defined]
+        # Of a bfloat16 norm they are rounded to that.
+        return moments if moments[0].dtype == self.factor_dtype else None
+
+    def layer_gradient_with(self, g: Tensor, x: Tensor, kept: tuple[Tensor, Tensor]) -> Tensor:
+        """See `LayerAdapter.layer_gradient_with`."""
+        g, x = g.to(self.factor_dtype), x.to(self.factor_dtype)
+        if not self._by_maps(x):
+            return self.layer_gradient(g, x)
+        return self._joined(*self._map_sums(g, x, *kept))
+
+    def _by_maps(self, x: Tensor) -> bool:
+        return x.dim() > 2 and x.numel() > 0 and x.is_contiguous() and x.device.type == "cpu"
+
+    def _map_sums(self, g: Tensor, x: Tensor, mean: Tensor, inverse_deviation: Tensor) -> tuple[Tensor, Tensor]:
+        examples, channels, positions = x.flatten(2).shape
         shape = 1, examples * channels, positions
         mean, inverse_deviation = (
-            moment.expand(examples, channels).reshape(1, -1) for moment in (mean, (variance + self._norm.eps).rsqrt())
+            moment.expand(examples, channels).reshape(1, -1) for moment in (mean, inverse_deviation)
         )
         ones = mean.new_ones(shape[1])  # the weights, of which these gradients do not depend
         _, scaled, shifted = torch.ops.aten.native_group_norm_backward.default(
@@ -227,3 +251,8 @@ class BatchNormAdapter(ChannelNormAdapter):
 
     def _running(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return cast(Tensor, self._norm.running_mean).to(dtype), cast(Tensor, self._norm.running_var).to(dtype)
+
+
+def _saving_is_hooked() -> bool:
+    look = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return look is None or look(False) is not None

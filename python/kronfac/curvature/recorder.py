@@ -344,6 +344,7 @@ class Recorder:
         edge = place(output)
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             call = forward.enter(name, adapter, x, edge.view.shape, defer=self._mask is not None)
+            call.kept = adapter.kept_by(output) if adapter.keeps_input else None
         if self._from_backward:
             edge.edge.node.register_prehook(Capture(self, forward, name, call, edge))
         else:
