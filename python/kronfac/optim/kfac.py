@@ -58,13 +58,13 @@ class KFAC(GroupedOptimizer):
 
     Step k (0-based) takes new statistics when k % factor_every == 0 and new inverses when k % inverse_every == 0, and
     earlier where a layer has none. A step whose gradients, statistics or preconditioned gradients are not finite is
-    skipped whole: nothing but `skipped_steps` changes.
+    skipped whole: nothing but `skipped_steps` changes, and with `adaptive` λ, which rises.
 
     Parameters that no layer adapter covers (recurrent layers, weights shared between modules, ...) train as SGD with
     the same lr, momentum and weight decay, after one warning that names them. A layer of which some parameters are in
     `params` and others are not is refused. Weight and bias of a layer may lie in different groups as long as damping,
-    kl_clip, norm_constraint, factor_every and inverse_every agree; the layer then counts with the weight's decay in λ
-    and the larger lr in the KL clip.
+    kl_clip, norm_constraint, factor_every, inverse_every and sharing agree; the layer then counts with the weight's
+    decay in λ and the larger lr in the KL clip.
 
     Args:
         model: the module to train. Statistics are taken in its training-mode forwards under grad mode.
@@ -116,10 +116,11 @@ class KFAC(GroupedOptimizer):
             `averaged_parameters`.
         max_staleness: s >= 0. With s > 0 inverses are made by a background thread: those of step k come into use at
             step k + s exactly, which waits for them if need be, so that training depends on s but never on the speed of
-            the machine. A layer's first inverse is made at once. Layers on the CPU only.
+            the machine. A layer's first inverse is made at once. Layers on the CPU only; not with `adaptive` nor with
+            structure="tridiagonal".
         adaptive: choose learning rate, momentum and both dampings at every step (Martens & Grosse, sections 6.4-6.6 and
             7). `step` then needs a closure. lr, momentum, nesterov, decoupled, the clips and callables for damping are
-            to be left alone; damping is where λ starts. See docs/kfac.md.
+            to be left alone; damping is where λ starts. See docs/step_control.md.
         grad_scaler: the `torch.amp.GradScaler` in use; only needed for fisher="empirical" when gradients are unscaled
             (`unscale_`) before the step.
         seed: of the sampler's own generator; None takes `torch.initial_seed()`. Under a process group the rank is
