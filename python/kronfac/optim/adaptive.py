@@ -15,11 +15,14 @@ from torch import Tensor, nn
 
 from kronfac.curvature import Likelihood, Recorder, ScaledSums
 from kronfac.operators.isolation import RandomStreams, accelerator_devices
+from kronfac.optim.directions import directions, plain_gradient
+from kronfac.optim.groups import Groups, home_of, l2
 from kronfac.optim.layers import Layer
 from kronfac.optim.quadratic import Fit, QuadraticModel, inner, reduce_mean
+from kronfac.optim.ranks import agree
 from kronfac.optim.refresh import average, sums_finite
 from kronfac.optim.replay import Replayer, reevaluated
-from kronfac.optim.step import Groups, Outcome, Proposal, agree, commit, directions, due_for_inverse, l2, propose
+from kronfac.optim.step import Outcome, Proposal, commit, due_for_inverse, propose
 from kronfac.optim.structures import Structures
 from kronfac.optim.update import MOMENTUM
 
@@ -281,7 +284,7 @@ def advance_adaptively(
         likelihood: of the model's output.
         trial: the closure, evaluated once.
     """
-    home = next(p.device for group in groups for p in group["params"])
+    home = home_of(groups)
     flags = [*sums_finite(fresh.values()), torch.tensor(math.isfinite(trial.loss))]
     if not agree(flags, home):
         adaptation.distrust(groups)
@@ -290,7 +293,7 @@ def advance_adaptively(
     moving = [(p, group) for group in groups for p in group["params"] if p.grad is not None]
     parameters = [p for p, _ in moving]
     decays = [l2(group) for _, group in moving]
-    gradients = [_gradient(p, decay) for p, decay in zip(parameters, decays, strict=True)]
+    gradients = [plain_gradient(p, decay) for p, decay in zip(parameters, decays, strict=True)]
     buffers = [state[p].get(MOMENTUM) if p in state else None for p in parameters]
     previous = [None if buffer is None else -buffer for buffer in buffers]
     ridge = [adaptation.damping + decay for decay in decays]
@@ -362,11 +365,6 @@ def _loss_change(
         decayed = inner(before, moves, decays) + inner(moves, moves, [decay / 2 for decay in decays])
     change, weight, regulariser = reduce_mean([(trial.again() - trial.loss) * terms, terms, decayed], 3)
     return change / weight + regulariser
-
-
-def _gradient(parameter: Tensor, decay: float) -> Tensor:
-    assert parameter.grad is not None
-    return parameter.grad.add(parameter, alpha=decay) if decay else parameter.grad
 
 
 def _damped_by(gamma: float) -> Callable[[Layer], float]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from kronfac.curvature.clock import Clock
 from kronfac.linalg.damped import pi_from_means
 from kronfac.optim.background import Background
+from kronfac.optim.groups import Groups
 from kronfac.optim.layers import Layer
 from kronfac.optim.memory import held
 from kronfac.optim.structures import Averages, Factorisation
@@ -24,7 +25,7 @@ _ITERATIONS = 20  # of the power method; the estimate is then within a few per c
 def diagnose(
     *,
     layers: Sequence[Layer],
-    groups: Sequence[Mapping[str, Any]],
+    groups: Groups,
     state: Mapping[Tensor, Mapping[str, Any]],
     counters: Mapping[str, int],
     clip_scales: Sequence[Tensor | None],
@@ -47,9 +48,6 @@ def diagnose(
     last = counters["step"] - 1
     memory = held(layers, state, background)
     pending = () if background is None else background.pending
-    seconds = None
-    if clock is not None:
-        seconds = clock.seconds
     result: dict[str, Any] = {
         **counters,
         "groups": [
@@ -63,8 +61,8 @@ def diagnose(
         "pending": list(pending),
         "layers": {
             layer.name: {
-                "damping": _damping(layer, groups),
-                **_numbers(layer, _damping(layer, groups)),
+                "damping": layer.damping(groups),
+                **_numbers(layer, layer.damping(groups)),
                 "updates": layer.updates,
                 "inverse_age": None if layer.made is None else last - layer.made,
                 "bytes": memory.layers[layer.name].total,
@@ -72,7 +70,7 @@ def diagnose(
             for layer in layers
         },
         "bytes": memory.total,
-        "seconds": seconds,
+        "seconds": None if clock is None else clock.seconds,
         "rho": None,
     }
     for name, source in sources.items():
@@ -95,11 +93,6 @@ def flatten(diagnostics: Mapping[str, Any], prefix: str = "") -> dict[str, float
         elif isinstance(value, (bool, int, float)):
             result[name] = float(value)
     return result
-
-
-def _damping(layer: Layer, groups: Sequence[Mapping[str, Any]]) -> float:
-    group = groups[layer.groups[0]]
-    return float(group["damping"]) + (0.0 if group["decoupled"] else float(group["weight_decay"]))
 
 
 def _numbers(layer: Layer, damping: float) -> dict[str, float | None]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from kronfac.optim.options import EXTRA_KEYS, GROUP_OPTIONS, SCHEDULABLE, Schedule, check_group, evaluate
+
+Groups: TypeAlias = "Sequence[Mapping[str, Any]]"
+"""Checked param groups, for reading."""
 
 
 class GroupedOptimizer(Optimizer):
@@ -87,6 +90,21 @@ class GroupedOptimizer(Optimizer):
                         f"KFAC.step: params[{index}][{position}] of shape {tuple(parameter.shape)}: expected a dense "
                         f"gradient, got layout {grad.layout}; make the layer with sparse=False"
                     )
+
+
+def all_parameters(groups: Groups) -> list[Tensor]:
+    """In the order of the groups, which is torch's numbering in a checkpoint."""
+    return [p for group in groups for p in group["params"]]
+
+
+def home_of(groups: Groups) -> torch.device:
+    """Where verdicts and sums over all parameters are made: the first one's device."""
+    return next((p.device for group in groups for p in group["params"]), torch.device("cpu"))
+
+
+def l2(group: Mapping[str, Any]) -> float:
+    """η of a param group as far as it is part of the loss."""
+    return 0.0 if group["decoupled"] else float(group["weight_decay"])
 
 
 def _evaluated(where: str, group: Mapping[str, Any], step: int) -> dict[str, Any]:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import Any, NoReturn, TypeAlias, overload
 
 import torch
@@ -15,32 +13,27 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, StateDict
 
-from kronfac.curvature import KroneckerFactors, Likelihood, Recorder, ScaledSums, resolve_likelihood
+from kronfac.curvature import Likelihood
 from kronfac.curvature.clock import Clock
 from kronfac.optim import adaptive as control
-from kronfac.optim import options
+from kronfac.optim import options, state_check
 from kronfac.optim import state as checkpoint
 from kronfac.optim.averaging import IterateAverage
-from kronfac.optim.background import Background
-from kronfac.optim.chains import form_chains
 from kronfac.optim.copying import rebuild
 from kronfac.optim.diagnostics import diagnose
-from kronfac.optim.groups import GroupedOptimizer
-from kronfac.optim.layers import Coverage, assign, check_layers, same_tensors
+from kronfac.optim.layers import check_layers
 from kronfac.optim.memory import MemoryReport, held
-from kronfac.optim.moved import follow, places
 from kronfac.optim.options import Schedule
-from kronfac.optim.refusals import gone, refuse_compiled_in_place, refuse_model, refuse_parameters, refuse_replaced
 from kronfac.optim.replay import Replayer
-from kronfac.optim.report import Reporter
-from kronfac.optim.step import advance, unscale, world_size
-from kronfac.optim.structures import STRUCTURES, structure_for
+from kronfac.optim.settings import check_arguments
+from kronfac.optim.step import Outcome, advance, unscale
+from kronfac.optim.watching import WatchingOptimizer
 
 Number: TypeAlias = "float | Schedule"
 Count: TypeAlias = "int | Schedule"
 
 
-class KFAC(GroupedOptimizer):
+class KFAC(WatchingOptimizer):
     """K-FAC: natural gradient descent with one Kronecker-factored Fisher block per layer.
 
     Used like `torch.optim.SGD`, except that it is given the model, whose forward it watches:
@@ -187,106 +180,20 @@ class KFAC(GroupedOptimizer):
     ) -> None:
         own = ("self", "__class__", "model", "params")
         arguments = {key: value for key, value in locals().items() if key not in (*own, "own")}
-        if not isinstance(model, nn.Module):
-            raise TypeError(
-                f"KFAC: model: expected a torch.nn.Module, got {type(model).__name__}; pass the model itself"
-            )
-        refuse_model(model)
-        structure = options.choice("KFAC: structure", structure, STRUCTURES)
-        solve = options.choice("KFAC: solve", solve, ("inverse", "eigen"))
-        max_staleness = options.whole("KFAC: max_staleness", max_staleness)
-        if adaptive and max_staleness:
-            raise ValueError(
-                "KFAC: max_staleness: expected 0 with adaptive=True, which compares the inverses of several dampings "
-                f"at the step that they are made for, got {max_staleness}"
-            )
-        if (structure, solve) == ("tridiagonal", "eigen"):
-            raise ValueError(
-                "KFAC: solve: expected 'inverse' with structure='tridiagonal', got 'eigen'; a chain of layers has no "
-                "eigenbasis of Kronecker products in which damping would be exact"
-            )
-        if structure == "tridiagonal" and max_staleness:
-            raise ValueError(
-                "KFAC: max_staleness: expected 0 with structure='tridiagonal', whose layers are coupled at the step "
-                f"that their inverses are made for, got {max_staleness}"
-            )
-        for name, function in (("output", output), ("mask", mask)):
-            if function is not None and not callable(function):
-                raise TypeError(f"KFAC: {name}: expected a callable or None, got {function!r}")
-        if grad_scaler is not None and not isinstance(grad_scaler, torch.amp.GradScaler):
-            raise TypeError(f"KFAC: grad_scaler: expected a torch.amp.GradScaler or None, got {grad_scaler!r}")
-        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
-            raise TypeError(f"KFAC: seed: expected an integer or None, got {seed!r}")
-        self.model, self._arguments = model, arguments
-        self._adaptive = options.flag("KFAC: adaptive", adaptive)
+        settings = check_arguments(model, params, arguments)
+        self._arguments = arguments
+        self.factor_decay = settings.factor_decay
         self.adaptation: control.Adaptation | None = None
+        self._averaging = None if settings.averaging is None else IterateAverage(settings.averaging)
         self._replayer = Replayer(model, output, mask)
-        self.structure = structure_for(structure, solve)
-        self.factor_decay = options.number("KFAC: factor_decay", factor_decay, high=1.0, open_high=False)
-        self.fisher = options.choice("KFAC: fisher", fisher, ("mc", "exact", "empirical"))
-        self.likelihood = resolve_likelihood(likelihood)
-        self._recording: dict[str, Any] = {
-            "likelihood": self.likelihood,
-            "output": output,
-            "mask": mask,
-            "fisher": self.fisher,
-            "fisher_samples": options.count("KFAC: fisher_samples", fisher_samples),
-            "reduction": options.choice("KFAC: reduction", reduction, ("mean", "sum")),
-            "sharing": None,  # each layer follows its group's
-        }
-        self._averaging = (
-            None if averaging is None else IterateAverage(options.number("KFAC: averaging", averaging, high=1.0))
-        )
-        self._grad_scaler = grad_scaler
-        self._background = Background(max_staleness) if max_staleness else None
-        if self._background is not None:
-            weakref.finalize(self, self._background.forget).atexit = False
-        self._clock: Clock | None = None
         # What else has something to say in `diagnostics`, by name; a key "rho" is shown at the top as well.
         self._diagnosed: dict[str, Callable[[], Mapping[str, Any]]] = {}
-        self._counters = dict.fromkeys(checkpoint.COUNTERS, 0)
-        self._reporter = Reporter()
-        self._recorder: Recorder | None = None
-        self._eager = True
-        self._finalizer: weakref.finalize[Any, Any] | None = None
-
-        if isinstance(params, (Tensor, set, frozenset)):
-            raise TypeError(f"KFAC: params: expected an ordered collection, got {type(params).__name__}; pass a list")
-        chosen: list[Any] = list(model.parameters() if params is None else params)
-        if not chosen:
-            what = "model: it has no parameters" if params is None else "params: no parameters given"
-            raise ValueError(f"KFAC: {what}; expected at least one")
-        defaults: dict[str, Any] = {
-            "lr": lr,
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "weight_decay": weight_decay,
-            "decoupled": decoupled,
-            "damping": damping,
-            "kl_clip": kl_clip,
-            "norm_constraint": norm_constraint,
-            "factor_every": factor_every,
-            "inverse_every": inverse_every,
-            "sharing": sharing,
-        }
-        if self._adaptive:
-            control.check_options("KFAC", defaults)
-            control.check_method(grad_scaler, reduction)
-            defaults["lr"] = 1.0  # of the step δ as a whole, whose learning rate is α
-        elif lr is None:
-            raise TypeError("KFAC: lr: expected a number or a callable of the step; adaptive=True does without")
-        super().__init__(chosen, defaults)
+        super().__init__(model, settings)
         self.register_state_dict_post_hook(_add_own_part)  # the first one: later hooks see the whole checkpoint
-
-        refuse_parameters(model, self.param_groups)
-        self.clip_scales: list[Tensor | None] = [None] * len(self.param_groups)
-        self.norm_scales: list[Tensor | None] = [None] * len(self.param_groups)
         if self._adaptive:
             self.adaptation = control.Adaptation.start(self.param_groups)
-        self._coverage = Coverage([])
-        self._places: list[tuple[torch.dtype, torch.device]] = []
-        self._generator = torch.Generator(self._home())
-        self._generator.manual_seed(((torch.initial_seed() if seed is None else seed) + _rank()) % 2**64)
+        self.clip_scales: list[Tensor | None] = [None] * len(self.param_groups)
+        self.norm_scales: list[Tensor | None] = [None] * len(self.param_groups)
         self._cover()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -303,58 +210,9 @@ class KFAC(GroupedOptimizer):
             if self.adaptation is not None:
                 param_group = {"damping": self.adaptation.damping, **param_group}
         super().add_param_group(param_group)
-        if self._recorder is None:  # under construction: the layers are assigned once all groups are there
-            return
-        try:
-            refuse_parameters(self.model, self.param_groups[-1:])
-            self._cover()
-        except (TypeError, ValueError, RuntimeError):
-            self._remove_last_group()
-            raise
-        self.clip_scales.append(None)
-        self.norm_scales.append(None)
-
-    def _cover(self) -> None:
-        """Assign parameters to layers and put a recorder on the model that watches exactly these."""
-        refuse_replaced(self.model, self._coverage.layers)
-        coverage = assign(self.model, self.param_groups, self.structure, self._coverage.layers)
-        check_layers(coverage.layers, self.param_groups)
-        if self._background is not None:
-            self._background.check(coverage.layers)
-            self._background.keep([layer.name for layer in coverage.layers if layer.factorisation is not None])
-        if self.structure.chains:
-            form_chains(coverage.layers)
-        if self._finalizer is not None:
-            self._finalizer()
-        recorder = Recorder(
-            self.model,
-            {layer.name: layer.adapter for layer in coverage.layers},
-            extra={layer.name: layer.statistics for layer in coverage.layers},
-            bare=[layer.name for layer in coverage.layers if layer.bare],
-            generator=self._generator,
-            **self._recording,
-        )
-        recorder.ever_recorded = self._recorder is not None and self._recorder.ever_recorded
-        for layer in coverage.layers:
-            if not self.structure.by_block[layer.block].by_rows:
-                recorder.rows.limits.pop(layer.name, None)
-        self._coverage, self._recorder = coverage, recorder
-        recorder.clock = self._clock
-        # Layers that are new should not wait for the next step that is due.
-        self._eager = any(layer.factors is None for layer in coverage.layers)
-        # The hooks go with the optimizer. The recorder does not know the optimizer, so nothing keeps that alive.
-        self._finalizer = weakref.finalize(self, recorder.remove)
-        self._finalizer.atexit = False
-        self._announce_due()
-        text = coverage.warning()
-        if text is not None:
-            self._reporter.once(text, text)
-
-    def _parameters(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
-
-    def _home(self) -> torch.device:
-        return next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
+        if self._recorder is not None:  # else under construction
+            self.clip_scales.append(None)
+            self.norm_scales.append(None)
 
     @overload
     def step(self, closure: None = ...) -> None: ...
@@ -405,133 +263,49 @@ class KFAC(GroupedOptimizer):
         return loss
 
     def _step(self, trial: control.Trial | None) -> None:
-        self._resolve(self._counters["step"])
-        check_layers(self._coverage.layers, self.param_groups)
-        self._refuse_sparse()
-        if self._background is not None:
-            self._background.check(self._coverage.layers)
-            self._background.raise_errors()
-        refuse_compiled_in_place(self.model)
-        layers, recorder = self._coverage.layers, self._live_recorder()
-        if layers and not recorder.ever_recorded and all(layer.factors is None for layer in layers):
-            raise RuntimeError(recorder.explain_missing())
-
+        self._check_before_step()
         # Set by GradScaler for the duration of the call.
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if found_inf is not None:
             found_inf = torch.as_tensor(found_inf)  # the sum over no devices, when there is no gradient, is the int 0
-        awaited = recorder.due
         if self.adaptation is not None:
             control.check_groups(self.param_groups, self.adaptation)
             control.check_scale(scale, found_inf)
-        pending = recorder.collect(loss_scale=self._loss_scale(scale, found_inf))
-        pending.all_reduce()
-        rows = recorder.rows.take()
-        fresh = self._due(pending.scaled_sums())
-        if self._coverage.outdated():
-            awaited = False  # what the forwards missed is said in other words
-            self._cover()
-            kept = {layer.name: layer.parameters for layer in layers}
-            following = {layer.name: layer.following for layer in layers}
-            layers = self._coverage.layers
-            same = {layer.name for layer in layers if same_tensors(layer.parameters, kept.get(layer.name, ()))}
-            fresh = {name: pair for name, pair in fresh.items() if name in same}
-            for layer in layers:  # what a layer shared with one that is no longer its successor
-                if layer.name in fresh and layer.following != following[layer.name]:
-                    fresh[layer.name] = replace(fresh[layer.name], extra={})
-            rows = {}
-        if (now := places(self.param_groups)) != self._places:
-            follow(layers, self.state, self._background)
-            self._places = now
-        self._generator = recorder.generator  # another one where the model has moved to another device
+        collected = self._collect(scale, found_inf)
         if scale is not None:
             unscale(self.param_groups, scale)
         arguments: dict[str, Any] = {
             "structure": self.structure,
-            "layers": layers,
+            "layers": self._coverage.layers,
             "groups": self.param_groups,
             "state": self.state,
-            "fresh": fresh,
+            "fresh": collected.fresh,
             "factor_decay": self.factor_decay,
             "step": self._counters["step"],
         }
         if self.adaptation is None or trial is None:
-            outcome = advance(**arguments, found_inf=found_inf, rows=rows, background=self._background)
+            outcome = advance(**arguments, found_inf=found_inf, rows=collected.rows, background=self._background)
         else:
             outcome = control.advance_adaptively(self.adaptation, **arguments, likelihood=self.likelihood, trial=trial)
         if outcome.applied:
-            self._eager = self._eager and not fresh
-            self._counters["step"] += 1
-            if self._averaging is not None:
-                self._averaging.update(self._parameters())
-            self._counters["inverse_retries"] += outcome.retries
-            self._counters["inverse_failures"] += outcome.failures
-            self.clip_scales[:] = outcome.clip_scales  # in place: wrappers of frameworks share the list
-            self.norm_scales[:] = outcome.norm_scales
+            self._eager = self._eager and not collected.fresh
+            self._count(outcome)
         else:
             self._counters["skipped_steps"] += 1
-        if awaited and not fresh and outcome.applied and recorder.idle and not recorder.forced:
-            self._reporter.stale(layers, recorder.observed())
-        if awaited and len(fresh) < len(layers):  # not looked for where every layer was seen
-            self._reporter.replaced(gone(self.model, [layer for layer in layers if layer.name not in fresh]))
+        self._report_unseen(collected, outcome.applied)
         self._announce_due()
         if outcome.applied or found_inf is None:  # GradScaler probes for overflow on purpose
             self._reporter.outcome(outcome, self.model, self._parameters())
 
-    def _due(self, fresh: dict[str, ScaledSums]) -> dict[str, ScaledSums]:
-        """Leave out layers whose group takes no statistics at this step, while another group's does."""
-        step = self._counters["step"]
-        due = {
-            layer.name
-            for layer in self._coverage.layers
-            if layer.factors is None or step % self.param_groups[layer.groups[0]]["factor_every"] == 0
-        }
-        # With no group due, the statistics are there because the user asked for them: record_statistics().
-        asked_for = not any(step % group["factor_every"] == 0 for group in self.param_groups)
-        return {name: pair for name, pair in fresh.items() if asked_for or name in due}
-
-    def _loss_scale(self, scale: Tensor | None, found_inf: Tensor | None) -> float:
-        """How the loss was scaled when the statistics were taken; only the training backward carries a scale."""
-        if self.fisher != "empirical":
-            return 1.0
-        if scale is not None:
-            return float(scale)
-        if self._grad_scaler is not None and self._grad_scaler.is_enabled():
-            return float(self._grad_scaler.get_scale())
-        if found_inf is not None:
-            raise ValueError(
-                "KFAC.step: fisher='empirical': the gradients were unscaled before the step, so the loss scale of the "
-                "statistics is unknown; make the optimizer with grad_scaler=<the GradScaler>"
-            )
-        return 1.0
-
-    def _announce_due(self) -> None:
-        """Tell the recorder whether the coming forwards are to be recorded, so that the hooks rest otherwise."""
-        step = self._counters["step"]
-        due = any(step % period == 0 for period in self._upcoming("factor_every", step))
-        recorder = self._live_recorder()
-        recorder.due = due or self._eager
-        for layer in self._coverage.layers:
-            if layer.statistics:
-                self.structure.by_block[layer.block].renew(layer.statistics, layer.factorisation)
-        # No use for rows that cannot form .grad at the step: decayed, scaled or summed over processes.
-        recorder.rows.enabled = (
-            self.structure.by_rows
-            and not self._adaptive
-            and world_size() == 1
-            and any(group["decoupled"] or not group["weight_decay"] for group in self.param_groups)
-        )
-
-    def factors(self) -> dict[str, KroneckerFactors]:
-        """Undamped running averages, copied: ``{layer name: KroneckerFactors(A (in[+1], in[+1]), G (out, out))}``.
-
-        Layers that the structures "diagonal" and "mini_block" handle have none and are absent.
-        """
-        return {
-            layer.name: KroneckerFactors(layer.factors.A.clone(), layer.factors.G.clone())
-            for layer in self._coverage.layers
-            if layer.factors is not None and not layer.bare
-        }
+    def _count(self, outcome: Outcome) -> None:
+        """Take note of a step that was taken."""
+        self._counters["step"] += 1
+        self._counters["inverse_retries"] += outcome.retries
+        self._counters["inverse_failures"] += outcome.failures
+        if self._averaging is not None:
+            self._averaging.update(self._parameters())
+        self.clip_scales[:] = outcome.clip_scales  # in place: wrappers of frameworks share the list
+        self.norm_scales[:] = outcome.norm_scales
 
     def diagnostics(self) -> dict[str, Any]:
         """What the optimizer did last and what it holds, as plain numbers. Waits for the device; nothing changes.
@@ -578,21 +352,6 @@ class KFAC(GroupedOptimizer):
         """Bytes that the optimizer holds at present, by layer; `kronfac.optim.predict_memory` knows beforehand."""
         return held(self._coverage.layers, self.state, self._background)
 
-    def record_statistics(self, update_only: bool = False) -> AbstractContextManager[None]:
-        """Record the forwards inside the context whatever the model's mode and the step.
-
-        Args:
-            update_only: the forwards are for statistics alone: no backward follows and, until the next step, training
-                forwards are not recorded. Not with fisher="empirical", which needs the training backward.
-
-        Returns:
-            A context manager.
-
-        Raises:
-            ValueError: update_only with fisher="empirical".
-        """
-        return self._live_recorder().record(update_only=update_only)
-
     def averaged_parameters(self) -> AbstractContextManager[None]:
         """The parameters hold their averages inside, and afterwards, also after an exception, what they held before.
 
@@ -608,35 +367,6 @@ class KFAC(GroupedOptimizer):
         if self._averaging is None:
             raise RuntimeError("KFAC.averaged_parameters: no averages are kept; make the optimizer with averaging=0.99")
         return self._averaging.swap(self._parameters())
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """Names of the covered layers."""
-        return tuple(layer.name for layer in self._coverage.layers)
-
-    @property
-    def steps(self) -> int:
-        """Steps taken, the skipped ones not counted."""
-        return self._counters["step"]
-
-    @property
-    def skipped_steps(self) -> int:
-        """Steps skipped because something was not finite."""
-        return self._counters["skipped_steps"]
-
-    @property
-    def inverse_failures(self) -> int:
-        """How often a layer's inverse could not be renewed."""
-        return self._counters["inverse_failures"]
-
-    @property
-    def inverse_retries(self) -> int:
-        """How often a factor needed more damping than asked for."""
-        return self._counters["inverse_retries"]
-
-    def _live_recorder(self) -> Recorder:
-        assert self._recorder is not None
-        return self._recorder
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Continue from a checkpoint; it is checked whole before anything is changed.
@@ -657,7 +387,7 @@ class KFAC(GroupedOptimizer):
         for hook in hooks.values():  # before the check: they exist to make a checkpoint fit
             changed = hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
-        loaded = checkpoint.check(
+        loaded = state_check.check(
             state_dict,
             structure=self.structure,
             generator=self._generator,
@@ -668,22 +398,16 @@ class KFAC(GroupedOptimizer):
         )
         if loaded.adaptive is not None:
             self.adaptation = control.Adaptation(**loaded.adaptive)  # type: ignore[arg-type]
-        if self._averaging is not None:
-            self._averaging.restore(self._parameters(), loaded.averages)
-        for layer in self._coverage.layers:
-            layer.factors, layer.updates, layer.factorisation = None, 0, None
-            layer.made = None
-            if layer.name in loaded.layers:
-                saved = loaded.layers[layer.name]
-                layer.factors, layer.updates, layer.factorisation = saved.factors, saved.updates, saved.factorisation
-                layer.made = saved.made
-        checkpoint.take_pending(self._coverage.layers, loaded, self._background)
+        checkpoint.restore(
+            loaded,
+            generator=self._generator,
+            layers=self._coverage.layers,
+            parameters=self._parameters(),
+            averaging=self._averaging,
+            background=self._background,
+        )
         self._eager = loaded.eager
         self._counters.update(loaded.counters)  # in place: wrappers of frameworks share it
-        if loaded.generator_device == self._generator.device.type:
-            self._generator.set_state(loaded.generator_state)
-        else:
-            self._generator.manual_seed((loaded.seed + loaded.counters["step"]) % 2**64)
         self._live_recorder().clear()
         self._optimizer_load_state_dict_pre_hooks = OrderedDict()
         try:
@@ -726,7 +450,3 @@ def _add_own_part(optimizer: Optimizer, state_dict: StateDict) -> None:
         background=optimizer._background,
         adaptive=None if optimizer.adaptation is None else dataclasses.asdict(optimizer.adaptation),
     )
-
-
-def _rank() -> int:
-    return torch.distributed.get_rank() if world_size() > 1 else 0

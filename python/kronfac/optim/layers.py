@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from kronfac.curvature import ExtraStatistic, LayerAdapter, find_layers
 from kronfac.curvature.sharing import set_sharing
 from kronfac.curvature.statistics import factor_shapes
+from kronfac.optim.groups import Groups, l2
 from kronfac.optim.structures import Averages, Factorisation, Kind, Structures
 
 _NAMED_IN_WARNING = 30
@@ -61,6 +61,11 @@ class Layer:
         """Of the averages at their next update: min(1 - 1/k, factor_decay), k counting the updates."""
         return 0.0 if self.factors is None else min(1 - 1 / (self.updates + 1), factor_decay)
 
+    def damping(self, groups: Groups) -> float:
+        """λ of the layer's own group with the decay that joins it."""
+        group = groups[self.groups[0]]
+        return float(group["damping"]) + l2(group)
+
     @property
     def device(self) -> torch.device:
         """Device of the layer's first parameter."""
@@ -107,7 +112,7 @@ class Coverage:
 
 def assign(
     model: nn.Module,
-    groups: Sequence[Mapping[str, Any]],
+    groups: Groups,
     structure: Structures,
     previous: Sequence[Layer] = (),
 ) -> Coverage:
@@ -173,7 +178,7 @@ def assign(
     return Coverage(layers, uncovered, frozen)
 
 
-def check_layers(layers: Iterable[Layer], groups: Sequence[Mapping[str, Any]]) -> None:
+def check_layers(layers: Iterable[Layer], groups: Groups) -> None:
     """Check that the groups of a layer's parameters agree where the layer needs one value, and set its sharing.
 
     Raises:

@@ -144,8 +144,8 @@ def predict_memory(
         options.choice(f"{where}: structure", structure, STRUCTURES),
         options.choice(f"{where}: solve", solve, ("inverse", "eigen")),
     )
-    staleness = options.whole(f"{where}: max_staleness", max_staleness)
-    at_once = math.ceil(staleness / options.count(f"{where}: inverse_every", inverse_every))
+    staleness = options.integer(f"{where}: max_staleness", max_staleness, low=0)
+    at_once = math.ceil(staleness / options.integer(f"{where}: inverse_every", inverse_every))
     groups = _groups(where, model.parameters() if params is None else params, momentum)
     buffered = {id(p): group["momentum"] > 0 for group in groups for p in group["params"] if p.requires_grad}
     coverage = assign(model, groups, structures)

@@ -79,7 +79,7 @@ class Monitor:
             raise TypeError(f"Monitor: fields: expected a sequence of names or None, got {fields!r}; pass [{fields!r}]")
         self._optimizer = weakref.ref(optimizer)
         self._sink, self._prefix = sink, prefix
-        self._every = options.count("Monitor: every", every)
+        self._every = options.integer("Monitor: every", every)
         self._fields = None if fields is None else tuple(fields)
         if options.flag("Monitor: time_phases", time_phases):
             optimizer.time_phases()

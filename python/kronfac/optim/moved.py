@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from kronfac.optim.background import Background
+from kronfac.optim.groups import Groups, all_parameters
 from kronfac.optim.layers import Layer
 from kronfac.optim.structures import Averages, Factorisation
 from kronfac.optim.update import MOMENTUM
 
 
-def places(groups: Iterable[Mapping[str, Any]]) -> list[tuple[torch.dtype, torch.device]]:
+def places(groups: Groups) -> list[tuple[torch.dtype, torch.device]]:
     """Where the parameters are now: while that stays the same there is nothing to follow."""
-    return [(p.dtype, p.device) for group in groups for p in group["params"]]
+    return [(p.dtype, p.device) for p in all_parameters(groups)]
 
 
 def follow(

@@ -68,23 +68,13 @@ def number(
     return result
 
 
-def count(where: str, value: object) -> int:
-    """Return `value` as an int >= 1; TypeError when it is not integral, ValueError below 1."""
+def integer(where: str, value: object, low: int = 1) -> int:
+    """Return `value` as an int >= low; TypeError when it is not integral, ValueError below."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{where}: expected an integer >= 1, got {value!r}")
+        raise TypeError(f"{where}: expected an integer >= {low}, got {value!r}")
     result = int(value.__index__())
-    if result < 1:
-        raise ValueError(f"{where}: expected an integer >= 1, got {value!r}")
-    return result
-
-
-def whole(where: str, value: object) -> int:
-    """Return `value` as an int >= 0; TypeError when it is not integral, ValueError below 0."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{where}: expected an integer >= 0, got {value!r}")
-    result = int(value.__index__())
-    if result < 0:
-        raise ValueError(f"{where}: expected an integer >= 0, got {value!r}")
+    if result < low:
+        raise ValueError(f"{where}: expected an integer >= {low}, got {value!r}")
     return result
 
 
@@ -120,8 +110,8 @@ GROUP_OPTIONS: Mapping[str, Callable[[str, object], Any]] = {
     "damping": lambda where, value: number(where, value, open_low=True),
     "kl_clip": _bound,
     "norm_constraint": _bound,
-    "factor_every": count,
-    "inverse_every": count,
+    "factor_every": integer,
+    "inverse_every": integer,
     "sharing": _sharing,
 }
 """The options a param group may set for itself, each with its check ``(where, value) -> value``."""

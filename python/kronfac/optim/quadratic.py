@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kronfac.curvature import Likelihood
+from kronfac.optim.ranks import world_size
 from kronfac.optim.replay import Replayer
 
 _COLLINEAR = 1e-12
@@ -169,9 +170,7 @@ def reduce_mean(values: Sequence[Tensor | float], size: int) -> list[float]:
     home = next((value.device for value in values if isinstance(value, Tensor)), torch.device("cpu"))
     wide = torch.float32 if home.type == "mps" else torch.float64
     joined = torch.stack([torch.as_tensor(value).to(home, wide, non_blocking=True) for value in values])
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        ranks = torch.distributed.get_world_size()
-        if ranks > 1:
-            torch.distributed.all_reduce(joined)
-            joined /= ranks
+    if (ranks := world_size()) > 1:
+        torch.distributed.all_reduce(joined)
+        joined /= ranks
     return [*joined.tolist(), *[0.0] * (size - len(values))]

@@ -127,9 +127,9 @@ def range_finder(
     least = options.number(f"{where}: low", low, open_low=True)
     most = options.number(f"{where}: high", high, low=least, open_low=True)
     values = torch.logspace(
-        math.log10(least), math.log10(most), _at_least_two(f"{where}: count", count), dtype=torch.float64
+        math.log10(least), math.log10(most), options.integer(f"{where}: count", count, low=2), dtype=torch.float64
     )
-    length = _at_least_two(f"{where}: steps", steps)
+    length = options.integer(f"{where}: steps", steps, low=2)
     if isinstance(optimizer, KFAC):
         for index, schedules in enumerate(optimizer._schedules):
             for name in {option, *(["inverse_every"] if option == "damping" else [])} & set(schedules):
@@ -150,13 +150,6 @@ def range_finder(
     best = int(found.argmin())
     suggestion = float(values[best]) if losses[best] < start else None
     return RangeResult(option, values, found, start, torch.tensor(clipped, dtype=torch.float64), suggestion)
-
-
-def _at_least_two(where: str, value: object) -> int:
-    number = options.count(where, value)
-    if number < 2:
-        raise ValueError(f"{where}: expected an integer >= 2, got {number}")
-    return number
 
 
 def _batches(where: str, data: Iterable[Any], count: int) -> list[tuple[Any, Any]]:

@@ -1,0 +1,33 @@
+"""The ranks of a process group, and what they decide together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def world_size() -> int:
+    """Ranks in the default process group, 1 without one."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return 1
+    return torch.distributed.get_world_size()
+
+
+def rank() -> int:
+    """Rank of this process in the default process group, 0 without one."""
+    return torch.distributed.get_rank() if world_size() > 1 else 0
+
+
+def agree(flags: Sequence[Tensor], home: torch.device) -> bool:
+    """Read the flags from the device. Under a process group every rank must be sound, so that none runs ahead."""
+    alone = world_size() == 1
+    if not flags and alone:
+        return True
+    verdict = torch.stack([flag.to(home, non_blocking=True) for flag in flags or [torch.tensor(True)]]).all()
+    if not alone:
+        votes = verdict.to(torch.int32)
+        torch.distributed.all_reduce(votes, torch.distributed.ReduceOp.MIN)
+        verdict = votes != 0
+    return bool(verdict)
