@@ -174,13 +174,30 @@ def test_looking_changes_nothing() -> None:
     assert torch.equal(results[0][2], results[1][2])
 
 
-def test_another_part_of_the_optimizer_adds_its_own() -> None:
-    optimizer = KFAC(mlp(4, 3), 0.1)
-    optimizer._diagnosed["control"] = lambda: {"rho": 0.75, "gamma": 0.5}
+def test_what_the_adaptive_mode_measures_is_shown() -> None:
+    model = mlp(4, 3)
+    optimizer = KFAC(model, adaptive=True, damping=0.25)
+    x, y = vectors(16, 4, 3)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = functional.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
     report = optimizer.diagnostics()
-    assert report["rho"] == 0.75
-    assert report["control"] == {"rho": 0.75, "gamma": 0.5}
-    assert flatten(report)["control/gamma"] == 0.5
+    assert report["rho"] is None
+    assert report["adaptation"]["gamma"] == 0.5
+    assert flatten(report)["adaptation/damping"] == 0.25
+    assert "adaptation/rho" not in flatten(report)
+    for _ in range(5):  # the reduction ratio is measured at every fifth step
+        optimizer.step(closure)
+    assert optimizer.adaptation is not None
+    report = optimizer.diagnostics()
+    assert report["rho"] == optimizer.adaptation.rho
+    assert math.isfinite(report["rho"])
+    assert report["adaptation"]["model_change"] < 0
+    assert KFAC(mlp(4, 3), 0.1).diagnostics()["adaptation"] is None
 
 
 def ticking(monkeypatch: pytest.MonkeyPatch) -> None:

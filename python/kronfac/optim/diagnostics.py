@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from kronfac.curvature.clock import Clock
 from kronfac.linalg.damped import pi_from_means
+from kronfac.optim.adaptive import Adaptation
 from kronfac.optim.background import Background
 from kronfac.optim.groups import Groups
 from kronfac.optim.layers import Layer
@@ -31,7 +33,7 @@ def diagnose(
     clip_scales: Sequence[Tensor | None],
     background: Background | None,
     clock: Clock | None,
-    sources: Mapping[str, Callable[[], Mapping[str, Any]]],
+    adaptation: Adaptation | None,
 ) -> dict[str, Any]:
     """See `kronfac.KFAC.diagnostics`. Waits for the device.
 
@@ -43,12 +45,12 @@ def diagnose(
         clip_scales: the KL clip's factors of the last step.
         background: that makes inverses, if any.
         clock: that measures phases, if any.
-        sources: further parts of the optimizer that have something to say, by name.
+        adaptation: what the adaptive mode adapts and measures, if it is on.
     """
     last = counters["step"] - 1
     memory = held(layers, state, background)
     pending = () if background is None else background.pending
-    result: dict[str, Any] = {
+    return {
         **counters,
         "groups": [
             {
@@ -71,13 +73,9 @@ def diagnose(
         },
         "bytes": memory.total,
         "seconds": None if clock is None else clock.seconds,
-        "rho": None,
+        "adaptation": None if adaptation is None else dataclasses.asdict(adaptation),
+        "rho": None if adaptation is None else adaptation.rho,
     }
-    for name, source in sources.items():
-        part = dict(source())
-        result["rho"] = part.get("rho", result["rho"])
-        result[name] = part
-    return result
 
 
 def flatten(diagnostics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn, TypeAlias, overload
 
@@ -186,8 +186,6 @@ class KFAC(WatchingOptimizer):
         self.adaptation: control.Adaptation | None = None
         self._averaging = None if settings.averaging is None else IterateAverage(settings.averaging)
         self._replayer = Replayer(model, output, mask)
-        # What else has something to say in `diagnostics`, by name; a key "rho" is shown at the top as well.
-        self._diagnosed: dict[str, Callable[[], Mapping[str, Any]]] = {}
         super().__init__(model, settings)
         self.register_state_dict_post_hook(_add_own_part)  # the first one: later hooks see the whole checkpoint
         if self._adaptive:
@@ -316,8 +314,8 @@ class KFAC(WatchingOptimizer):
             `layers`: per layer `damping` (λ with the decay that joins it), `pi` and `condition` (below), `updates`
             (statistics in its averages), `inverse_age` (steps since the statistics that its inverse is made of) and
             `bytes`; `max_staleness` and `pending`, the steps whose inverses are not in use yet; `bytes` of all;
-            `seconds` by phase of the last step, None unless `time_phases` was called; `rho`, None without a quadratic
-            model.
+            `seconds` by phase of the last step, None unless `time_phases` was called; `adaptation`, the attribute of
+            that name as a dict, and its `rho`, both None without `adaptive`.
 
             π is that of the factors as they are now, of a layer in groups the geometric mean. The condition number is
             that of the damped block, of the worst group: exact from the eigenvalues with solve="eigen"; with "inverse"
@@ -332,7 +330,7 @@ class KFAC(WatchingOptimizer):
             clip_scales=self.clip_scales,
             background=self._background,
             clock=self._clock,
-            sources=self._diagnosed,
+            adaptation=self.adaptation,
         )
 
     def time_phases(self, enabled: bool = True) -> None:
