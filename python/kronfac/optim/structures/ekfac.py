@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from kronfac import ops
-from kronfac.curvature import ExtraStatistic, GradientRows, LayerAdapter
+from kronfac.curvature import ExtraStatistic, LayerAdapter
 from kronfac.curvature.pairs import RotatedSquares
 from kronfac.linalg.damped import eigenbases
-from kronfac.optim.structures.base import Averages, Factorisation, Factorised, per_layer
+from kronfac.optim.structures.base import Averages, Factorisation, Factorised, WithoutRows, per_layer
 
 SECOND_MOMENT = "S"
 """Name of the running average of the eigenvalues."""
 
 
-class Ekfac:
+class Ekfac(WithoutRows):
     """P = Q_G [(Q_Gᵀ V Q_A) ⊘ (S + λ)] Q_Aᵀ with S = E[(Q_Gᵀ (per-example gradient) Q_A)²], squared elementwise.
 
     The basis is renewed with the inverses, S with the statistics. S begins as λ_G λ_Aᵀ, K-FAC's own eigenvalues. When
@@ -27,8 +27,6 @@ class Ekfac:
     """
 
     name = "ekfac"
-    by_rows = False
-    needs_factors = True
 
     def shapes(self, outputs: int, inputs: int) -> Mapping[str, tuple[int, ...]]:
         """Eigenvectors and eigenvalues of G ("left_...") and of A ("right_...")."""
@@ -93,10 +91,6 @@ class Ekfac:
             eigenvalues,
             per_layer(damping, eigenvalues),
         )
-
-    def apply_rows(self, rows: GradientRows, factorisation: Factorisation) -> tuple[Tensor, Tensor]:
-        """There is no such way: the division in the eigenbasis needs the gradient as a matrix."""
-        raise AssertionError("Ekfac.apply_rows: called although by_rows is False")
 
 
 def _product(factorisation: Factorisation) -> Tensor:
