@@ -8,11 +8,12 @@ OUT ?= demo-report
 PY := $(VENV)/bin/python
 CXX_SOURCES := $(shell find csrc \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' \))
 
-.PHONY: help demo test test-slow sanitize lint format build wheel bench docs clean
+.PHONY: help demo test test-slow coverage sanitize lint format build wheel bench docs clean
 help:
 	@echo "make demo       train on digits with SGD and K-FAC, look at both Hessian spectra; report in $(OUT)/report.html"
 	@echo "make test       all tests, under every instruction set this machine has"
 	@echo "make test-slow  the tests marked slow, those with Lightning, Accelerate, transformers and PEFT among them"
+	@echo "make coverage   lines of optim/ and curvature/ that their tests reach, by file; an error below 95 %"
 	@echo "make sanitize   the operator tests with address and undefined-behaviour sanitizers, under every instruction set"
 	@echo "make lint       ruff, mypy, clang-format (all checks, no changes);  make format applies them"
 	@echo "make docs       the documentation as a site in site/; dead links and missing references are errors"
@@ -57,6 +58,19 @@ test: build $(VENV)/.oracles
 
 test-slow: build $(VENV)/.oracles $(VENV)/.frameworks
 	$(PYTEST) -m slow tests
+
+$(VENV)/.coverage: $(VENV)/.tools
+	$(PY) -m pip install -q "coverage==7.17.3"
+	touch $@
+
+# Folders, not packages: coverage would import those to find them, and torch does not survive a second import.
+# Only this process is measured: not the ranks that tests of process groups start, nor other programs.
+COVERED := python/kronfac/optim,python/kronfac/curvature
+coverage: build $(VENV)/.oracles $(VENV)/.coverage
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(PY) -m coverage run --source=$(COVERED) -m pytest -m "not slow" tests/optim tests/curvature
+	$(PY) -m coverage report --skip-empty
+	@set -e; for room in curvature optim; do printf "lines of $$room, per cent: "; \
+	  $(PY) -m coverage report --format=total --include="*/kronfac/$$room/*" --fail-under=95; done
 
 # A second build that is never installed: its own folder of objects (only what changed is compiled again) and a folder to import
 # it from. torch and Python are not instrumented: the runtimes have to be there before them, and what Python leaves allocated at
