@@ -119,6 +119,26 @@ def test_stale_statistics_are_reported_once() -> None:
             train_step(model, optimizer, x, y)
 
 
+def test_training_the_compiled_form_of_a_model_that_is_watched_itself_is_reported_with_the_remedy() -> None:
+    """Steps before it was compiled, or a checkpoint, hide that nothing arrives any more."""
+    torch._dynamo.reset()
+    model = mlp(3, 4, 2)
+    optimizer = KFAC(model, 0.1)
+    x, y = vectors(5, 3, 2)
+    train_step(model, optimizer, x, y)
+    saved = optimizer.state_dict()
+    resumed = mlp(3, 4, 2)
+    other = KFAC(resumed, 0.1)
+    other.load_state_dict(saved)
+    for net, own in ((model, optimizer), (resumed, other)):
+        compiled = torch.compile(net, backend="eager")
+        with pytest.warns(UserWarning, match=r"statistics were due .* make KFAC for the result of torch\.compile"):
+            train_step(compiled, own, x, y)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            train_step(compiled, own, x, y)
+
+
 def test_statistics_on_demand_are_not_reported_as_missing() -> None:
     model = mlp(3, 4, 2).eval()
     optimizer = KFAC(model, 0.1)

@@ -35,7 +35,8 @@ class Reporter:
                 "stale",
                 "KFAC: statistics were due at this step, but no forward of the model was recorded since the last one"
                 f"{observed}. The last statistics are used until some arrive: call the module that KFAC was made for, "
-                "in train mode, or use record_statistics() (this is said once)",
+                "in train mode, or use record_statistics(); where it is compiled, make KFAC for the result of "
+                "torch.compile (this is said once)",
             )
 
     def replaced(self, names: Sequence[str]) -> None:
