@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kronfac.curvature.forward import Forward
 from kronfac.curvature.hooks import unrecorded
 from kronfac.curvature.likelihood import Likelihood
 from kronfac.curvature.recorder import Recorder
@@ -108,12 +109,13 @@ class _DataRecorder(Recorder):
         super().__init__(*args, fisher=fisher, **options)
         self._from_backward = False
 
-    def _output_gradients(self, logits: Tensor, mask: Tensor | None) -> Iterator[tuple[Tensor, float]]:
+    def _output_gradients(self, logits: Tensor, forward: Forward) -> Iterator[tuple[Tensor, float]]:
         if self.fisher != "empirical":
-            yield from super()._output_gradients(logits, mask)
+            yield from super()._output_gradients(logits, forward)
             return
         assert self.targets is not None
-        yield self.likelihood.target_gradients(logits, self.targets.to(logits.device), mask), 1.0
+        gradients = self.likelihood.target_gradients(logits, self.targets.to(logits.device), forward.mask)
+        yield gradients * self._signs(gradients) if forward.merges else gradients, 1.0
 
 
 @contextmanager

@@ -115,6 +115,25 @@ class Call:
             self.adapter.keeps_input or self.joined or any(statistic.keeps_input for statistic in self.extra.values())
         )
 
+    def merges(self, examples: int) -> bool:
+        """Whether the gradient at the call's output may be a sum over the examples of a batch of that many.
+
+        So it is where a layer is applied once for the whole batch, as a position embedding of ids (1, T) or (T,) is.
+        Rows of several examples that were flattened into one dimension look the same from here.
+        """
+        first, *others = self.shape
+        second = len(others) > 1 and first > 1 and others[0] == examples
+        return examples > 1 and first != examples and not second
+
+    def surely_merges(self, examples: int) -> bool:
+        """Whether there is hardly another reading of the output's shape; rows that were flattened are one."""
+        first, *others = self.shape
+        if not self.merges(examples):
+            return False
+        if len(others) > 1:
+            return first == 1 and others[0] != examples
+        return self.adapter.block == "diagonal_input" and first % examples != 0
+
     @property
     def inputs(self) -> Tensor:
         """What the layer saw, examples first; only of a call that `keeps_input`."""
@@ -191,6 +210,16 @@ class Forward:
         """Whether an exception of the forward itself is on its way out."""
         exception = sys.exc_info()[1]
         return exception is not None and exception is not self.outer
+
+    @property
+    def merges(self) -> bool:
+        """Whether a layer may have been applied once for all examples; known once `resolve` was called."""
+        return any(call.merges(self.examples) for calls in self.calls.values() for call in calls)
+
+    @property
+    def surely_merged(self) -> list[str]:
+        """Names of the layers that were, as far as shapes can say."""
+        return [name for name, calls in self.calls.items() if any(call.surely_merges(self.examples) for call in calls)]
 
     def enter(self, name: str, adapter: LayerAdapter, x: Tensor, shape: torch.Size, *, defer: bool) -> Call:
         """Note a call of a layer; its input statistics are taken now, or later when the mask is not known yet.

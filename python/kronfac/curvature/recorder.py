@@ -49,7 +49,8 @@ class Recorder:
         likelihood: what the loss is the negative logarithm of.
         output: picks the output that parametrises the likelihood from what the model returns.
         mask: from the root's args, kwargs and output to a bool tensor of the terms that count.
-        fisher: "mc" draws targets, "exact" takes their expectation, "empirical" uses the training targets.
+        fisher: "mc" draws targets, "exact" takes their expectation, "empirical" uses the training targets. Of a layer that
+            is applied once for the whole batch the first two are right in the mean.
         fisher_samples: draws per example for "mc", averaged.
         reduction: whether ``.grad`` is the "mean" or the "sum" over all examples since the last `collect`;
             "empirical" only.
@@ -65,6 +66,8 @@ class Recorder:
         ever_recorded: whether statistics were ever taken.
         idle: whether no forward was recorded between the last two calls of `collect`.
         forced: whether `record` was ever used.
+        merged: layers whose statistics of fisher="empirical" were of a sum over the examples: each was applied once for
+            the whole batch.
         generator: source of the draws.
         rows: keeps the rows that gradients are products of, once that is enabled.
         clock: counts the time that statistics take, None for none.
@@ -123,6 +126,7 @@ class Recorder:
         self.due = True
         self.ever_recorded = False
         self.idle = self.forced = False
+        self.merged: set[str] = set()
         self.rows = RowKeeper(self.adapters)
         self.clock: Clock | None = None
 
@@ -387,6 +391,7 @@ class Recorder:
             self._completed += 1
             if self._from_backward:
                 forward.complete = True
+                self.merged.update(forward.surely_merged)
                 return
             self._differentiate(forward, logits, edges)
         if forward.update_only and not self._replaced:
@@ -405,22 +410,40 @@ class Recorder:
             )
         return logits
 
-    def _output_gradients(self, logits: Tensor, mask: Tensor | None) -> Iterator[tuple[Tensor, float]]:
+    def _output_gradients(self, logits: Tensor, forward: Forward) -> Iterator[tuple[Tensor, float]]:
         """Gradients at the output that the output statistics are made of, and the weight of each."""
+        mask = forward.mask
         if self.fisher == "exact":
+            merges = forward.merges
             for column in self.likelihood.exact_gradients(logits, mask):
-                yield column, 1.0
+                yield column * self._signs(column) if merges else column, 1.0
             return
-        if self.generator.device != logits.device:
-            self.generator = Generator(logits.device).manual_seed(self.generator.initial_seed())
+        self._follow(logits)
         for _ in range(self.fisher_samples):
             # The covariance is averaged over the draws. Scaling the gradients by 1/n would make it 1/n too small.
             yield self.likelihood.sample_gradients(logits, self.generator, mask), 1.0 / self.fisher_samples
 
+    def _follow(self, logits: Tensor) -> None:
+        """Keep the generator on the output's device."""
+        if self.generator.device != logits.device:
+            self.generator = Generator(logits.device).manual_seed(self.generator.initial_seed())
+
+    def _signs(self, column: Tensor) -> Tensor:
+        """A random sign for each example.
+
+        Of a layer that was applied once for the whole batch the gradient is a sum over the examples, and its square has
+        their cross products, which vanish in the mean over the signs. All other layers see squares and products of one
+        example, to which its sign makes no difference, not even in rounding.
+        """
+        self._follow(column)
+        shape = (len(column), *[1] * (column.dim() - 1))
+        signs = torch.randint(2, shape, generator=self.generator, device=column.device)
+        return (2 * signs - 1).to(column.dtype)
+
     def _differentiate(self, forward: Forward, logits: Tensor, edges: list[tuple[str, Call, OutputEdge]]) -> None:
         """Propagate gradients from the output to the layer outputs, and no further."""
         with torch.no_grad():
-            remaining = self._output_gradients(logits.detach(), forward.mask)
+            remaining = self._output_gradients(logits.detach(), forward)
             following = next(remaining, None)
         while following is not None:
             vector, scale = following

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from torch import Tensor, nn
 
@@ -37,6 +37,16 @@ class Reporter:
                 f"{observed}. The last statistics are used until some arrive: call the module that KFAC was made for, "
                 "in train mode, or use record_statistics(); where it is compiled, make KFAC for the result of "
                 "torch.compile (this is said once)",
+            )
+
+    def merged(self, names: Collection[str]) -> None:
+        """Warn of layers whose empirical Fisher has products of different examples."""
+        if names:
+            self.once(
+                "merged",
+                f"KFAC: fisher='empirical': layers {', '.join(map(repr, sorted(names)[:5]))} are applied once for the "
+                "whole batch (position embeddings of ids (1, T) are), so that their G is of a sum over the examples "
+                "and too large; expand the input to one row per example, or use fisher='mc' (this is said once)",
             )
 
     def replaced(self, names: Sequence[str]) -> None:

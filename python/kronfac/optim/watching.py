@@ -279,8 +279,9 @@ class WatchingOptimizer(GroupedOptimizer):
         )
 
     def _report_unseen(self, collected: Collected, applied: bool) -> None:
-        """Warn where statistics were due and layers, or the whole model, were not called."""
+        """Warn of statistics that are not a layer's own, and where layers, or the whole model, were not called."""
         layers, fresh, recorder = self._coverage.layers, collected.fresh, self._live_recorder()
+        self._reporter.merged(recorder.merged)
         if not collected.awaited:
             return
         if not fresh and applied and recorder.idle and not recorder.forced:
