@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -106,6 +107,60 @@ def test_closer_to_the_true_block_than_kfac(seed: int) -> None:
         assert errors[0] <= errors[1] * (1 + 1e-12)
         gaps.append(errors[1] - errors[0])
     assert max(gaps) > 1e-6  # K-FAC is off here
+
+
+class Encoder(nn.Module):
+    """A transformer encoder on tokens, classified by their mean."""
+
+    def __init__(self, batch_first: bool) -> None:
+        super().__init__()
+        self.tokens, self.batch_first = nn.Embedding(7, 6), batch_first
+        layer = nn.TransformerEncoderLayer(6, 2, 5, dropout=0.0, batch_first=batch_first)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, T) to (N, 3)."""
+        h = self.tokens(x)
+        h = self.encoder(h) if self.batch_first else self.encoder(h.transpose(0, 1)).transpose(0, 1)
+        return self.head(h.mean(1))  # type: ignore[no-any-return]
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet implemented the batching rule")
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_in_the_course_of_training_a_transformer_the_eigenvalues_are_those_of_single_examples(
+    batch_first: bool,
+) -> None:
+    """In bases that are several steps old, of all projections of the attention and of Linear layers on tokens.
+
+    The trace is that of the layer's block of the Fisher matrix whatever the basis; K-FAC's is another, because it
+    counts positions as independent.
+    """
+    torch.manual_seed(0)
+    model = Encoder(batch_first).double()
+    optimizer = KFAC(
+        model, 0.05, structure="ekfac", fisher="exact", factor_decay=0.0, inverse_every=5, damping=1e-2, kl_clip=1e-3
+    )
+    for _ in range(8):  # the basis is of the sixth
+        x, y = torch.randint(7, (5, 4)), torch.randint(3, (5,))
+        vectors_ = output_gradients(Categorical(), model(x), "exact")
+        before = tree(optimizer)
+        now = copy.deepcopy(model)
+        train_step(model, optimizer, x, y)
+    after = tree(optimizer)
+    own = {layer.name: layer.adapter for layer in KFAC(now, 0.1)._coverage.layers}
+    names = [name for name in own if "S" in after[name].get("extra", {})]
+    assert len(names) == 2 * 6 + 1
+    traces = []
+    for name in names:
+        basis, S = before[name]["factorisation"], after[name]["extra"]["S"]
+        true = mean_squares(now, own[name], x, vectors_, len(x), basis["left_vectors"], basis["right_vectors"])
+        assert relative(S, true) < 1e-9
+        plain = mean_squares(now, own[name], x, vectors_, len(x))
+        assert float(S.sum()) == pytest.approx(float(plain.sum()), rel=1e-9)
+        pair = optimizer.factors()[name]
+        traces.append(float(pair.A.trace() * pair.G.trace() / S.sum()))
+    assert min(traces) < 0.8
 
 
 def test_solve_makes_no_difference() -> None:

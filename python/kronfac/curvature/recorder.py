@@ -49,8 +49,8 @@ class Recorder:
         likelihood: what the loss is the negative logarithm of.
         output: picks the output that parametrises the likelihood from what the model returns.
         mask: from the root's args, kwargs and output to a bool tensor of the terms that count.
-        fisher: "mc" draws targets, "exact" takes their expectation, "empirical" uses the training targets. Of a layer that
-            is applied once for the whole batch the first two are right in the mean.
+        fisher: "mc" draws targets, "exact" takes their expectation, "empirical" uses the training targets. Of a
+            layer that is applied once for the whole batch the first two are right in the mean.
         fisher_samples: draws per example for "mc", averaged.
         reduction: whether ``.grad`` is the "mean" or the "sum" over all examples since the last `collect`;
             "empirical" only.
