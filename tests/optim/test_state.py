@@ -297,3 +297,28 @@ def test_state_dict_hooks_of_torch_still_work() -> None:
     optimizer.register_load_state_dict_post_hook(lambda o: seen.append("loaded"))
     optimizer.load_state_dict(optimizer.state_dict())
     assert seen == ["saving", "loaded"]
+
+
+def test_a_hook_before_loading_may_make_a_checkpoint_fit() -> None:
+    model = mlp(4, 3)
+    optimizer = KFAC(model, 0.1)
+    train_step(model, optimizer, *vectors(8, 4, 3))
+    saved = copy.deepcopy(optimizer.state_dict())
+    renamed = {**saved, "kronfac": {**saved["kronfac"], "layers": {}}}
+    renamed["kronfac"]["layers"] = {f"old.{name}": entry for name, entry in saved["kronfac"]["layers"].items()}
+    other = KFAC(copy.deepcopy(model), 0.1)
+    with pytest.raises(ValueError, match=r"kronfac\.layers: expected layers among"):
+        other.load_state_dict(renamed)
+    calls = []
+
+    def rename(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        calls.append(1)
+        layers = {name.removeprefix("old."): entry for name, entry in state_dict["kronfac"]["layers"].items()}
+        return {**state_dict, "kronfac": {**state_dict["kronfac"], "layers": layers}}
+
+    other.register_load_state_dict_pre_hook(rename)
+    other.load_state_dict(renamed)
+    assert calls == [1]
+    assert same_tree(frozen_state(other), frozen_state(optimizer))
+    other.load_state_dict(renamed)  # the hook is still there
+    assert calls == [1, 1]
