@@ -466,3 +466,64 @@ def test_an_autoencoder_trains_further_than_tuned_sgd_in_as_many_steps() -> None
     ours = final_loss(lambda m: KFAC(m, adaptive=True, likelihood="bernoulli"))
     start = final_loss(lambda m: torch.optim.SGD(m.parameters(), 0.0), 1)
     assert start - ours > 1.3 * (start - tuned)
+
+
+def test_gradients_that_are_not_finite_skip_the_step() -> None:
+    model = mlp(4, 3)
+    optimizer = KFAC(model, adaptive=True, damping=0.5)
+    x, y = vectors(16, 4, 3)
+    plain = closure_of(model, optimizer, x, y)
+    optimizer.step(plain)
+    before, factors = snapshot(model), optimizer.factors()
+
+    def spoilt() -> float:
+        loss = plain()
+        gradient = next(model.parameters()).grad
+        assert gradient is not None
+        gradient.view(-1)[0] = math.inf
+        return loss
+
+    with pytest.warns(UserWarning, match="the gradients of 0.weight are not finite"):
+        optimizer.step(spoilt)
+    assert equal(snapshot(model), before)
+    assert all(torch.equal(optimizer.factors()[name].A, pair.A) for name, pair in factors.items())
+    assert (optimizer.steps, optimizer.skipped_steps) == (1, 1)
+    assert optimizer.param_groups[0]["damping"] > 0.5
+
+
+def test_a_batch_of_padding_alone_has_no_quadratic_model() -> None:
+    model = mlp(4, 3)
+    optimizer = KFAC(model, adaptive=True, damping=0.5, mask=lambda args, kwargs, out: args[0][:, 0] > -100)
+    x, y = vectors(16, 4, 3)
+    optimizer.step(closure_of(model, optimizer, x, y))
+    before = snapshot(model)
+    x[:, 0] = -200
+    with pytest.warns(UserWarning, match="the quadratic model is not finite"):
+        optimizer.step(closure_of(model, optimizer, x, y))
+    assert equal(snapshot(model), before)
+    assert optimizer.skipped_steps == 1
+    assert optimizer.param_groups[0]["damping"] > 0.5
+
+
+def test_damping_is_moved_in_all_groups_or_in_none() -> None:
+    model = mlp(4, 5, 3)
+    groups = [{"params": list(layer.parameters())} for layer in model if list(layer.parameters())]
+    optimizer = KFAC(model, params=groups, adaptive=True, damping=0.5)
+    closure = closure_of(model, optimizer, *vectors(16, 4, 3))
+    optimizer.step(closure)
+    optimizer.param_groups[0]["damping"] = 2.0
+    with pytest.raises(ValueError, match=r"params\[0\]: damping: expected the same value in all groups"):
+        optimizer.step(closure)
+    for group in optimizer.param_groups:
+        group["damping"] = 2.0
+    optimizer.step(closure)
+    assert optimizer.adaptation is not None
+    assert optimizer.adaptation.damping == 2.0
+
+
+def test_a_gradient_scale_is_refused() -> None:
+    model = mlp(4, 3)
+    optimizer = KFAC(model, adaptive=True)
+    optimizer.grad_scale = torch.tensor(2.0)  # type: ignore[attr-defined]  # as torch.amp.GradScaler sets it
+    with pytest.raises(ValueError, match="expected no GradScaler"):
+        optimizer.step(closure_of(model, optimizer, *vectors(16, 4, 3)))
