@@ -20,8 +20,8 @@ from kronfac.optim.structures import Averages, Factorisation, Structures
 KEY = "kronfac"
 """Where K-FAC's own part lies in the state_dict, beside torch's "state" and "param_groups"."""
 
-FORMAT = 1
-"""Raised when the meaning of what is stored changes; a checkpoint of a later format is refused."""
+FORMAT = 2
+"""Raised when what is stored changes; a checkpoint of another format is refused."""
 
 COUNTERS = ("step", "skipped_steps", "inverse_failures", "inverse_retries")
 """What an optimizer counts."""
