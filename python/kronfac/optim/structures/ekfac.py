@@ -11,8 +11,8 @@ from torch import Tensor
 from kronfac import ops
 from kronfac.curvature import ExtraStatistic, LayerAdapter
 from kronfac.curvature.pairs import RotatedSquares
-from kronfac.linalg.damped import eigenbases
 from kronfac.optim.structures.base import Averages, Factorisation, Factorised, WithoutRows, per_layer
+from kronfac.optim.structures.kronecker import factor_bases
 
 SECOND_MOMENT = "S"
 """Name of the running average of the eigenvalues."""
@@ -61,21 +61,16 @@ class Ekfac(WithoutRows):
     def factorise(self, factors: Sequence[Averages], damping: Sequence[float]) -> Factorised:
         """See `Structure.factorise`. The factors are diagonalised undamped: λ enters once, in `apply`."""
         del damping
-        bases = eigenbases([*(some.A for some in factors), *(some.G for some in factors)])
+        bases, retried = factor_bases(factors)
         values: list[Factorisation | None] = []
-        for right, left in zip(bases.values[: len(factors)], bases.values[len(factors) :], strict=True):
-            if left is None or right is None:
+        for pair in bases:
+            if pair is None:
                 values.append(None)
-                continue
-            values.append(
-                {
-                    "left_vectors": left[1],
-                    "right_vectors": right[1],
-                    "left_values": left[0],
-                    "right_values": right[0],
-                }
-            )
-        return Factorised(values, bases.retried)
+            else:
+                left, right = pair
+                vectors = {"left_vectors": left[1], "right_vectors": right[1]}
+                values.append({**vectors, "left_values": left[0], "right_values": right[0]})
+        return Factorised(values, retried)
 
     def apply(
         self, grads: Sequence[Tensor], factorisations: Sequence[Factorisation], damping: Sequence[float]

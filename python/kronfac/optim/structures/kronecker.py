@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -80,15 +81,16 @@ class KroneckerEigen(WithoutRows):
     def factorise(self, factors: Sequence[Averages], damping: Sequence[float]) -> Factorised:
         """See `Structure.factorise`. The factors are diagonalised undamped: λ enters once, in `apply`."""
         del damping
-        bases = eigenbases([*(pair.A for pair in factors), *(pair.G for pair in factors)])
+        bases, retried = factor_bases(factors)
         values: list[Factorisation | None] = []
-        for right, left in zip(bases.values[: len(factors)], bases.values[len(factors) :], strict=True):
-            if left is None or right is None:
+        for pair in bases:
+            if pair is None:
                 values.append(None)
             else:
+                left, right = pair
                 product = torch.outer(left[0], right[0])
                 values.append({"left_vectors": left[1], "right_vectors": right[1], "eigenvalues": product})
-        return Factorised(values, bases.retried)
+        return Factorised(values, retried)
 
     def apply(
         self, grads: Sequence[Tensor], factorisations: Sequence[Factorisation], damping: Sequence[float]
@@ -102,3 +104,15 @@ class KroneckerEigen(WithoutRows):
             eigenvalues,
             per_layer(damping, eigenvalues),
         )
+
+
+Basis: TypeAlias = "tuple[Tensor, Tensor]"
+"""Eigenvalues (n,) and eigenvectors in columns (n, n)."""
+
+
+def factor_bases(factors: Sequence[Averages]) -> tuple[list[tuple[Basis, Basis] | None], int]:
+    """Eigenbases of G and of A of each layer, None where either resisted, and how many needed another attempt."""
+    bases = eigenbases([*(pair.A for pair in factors), *(pair.G for pair in factors)])
+    right, left = bases.values[: len(factors)], bases.values[len(factors) :]
+    pairs = [None if of_G is None or of_A is None else (of_G, of_A) for of_G, of_A in zip(left, right, strict=True)]
+    return pairs, bases.retried
