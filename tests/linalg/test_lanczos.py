@@ -56,7 +56,7 @@ def test_ritz_pairs_satisfy_their_residuals(size: int, distinct: int, capacity: 
 
 
 def test_restart_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kronfac.linalg.lanczos._RESTART_COLUMNS", 7)
+    monkeypatch.setattr("kronfac.linalg.subspace._RESTART_COLUMNS", 7)
     matrix = with_spectrum(np.linspace(-1, 2, 30))
     subspace = _subspace(matrix, 10)
     for _ in range(10):

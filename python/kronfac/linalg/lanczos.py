@@ -11,32 +11,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from kronfac.linalg.subspace import BREAKDOWN, Subspace
+from kronfac.linalg.subspace import Float64Array as Float64Array
+from kronfac.linalg.subspace import norm as norm
 from kronfac.linalg.symmetric import CheckedOperator
 from kronfac.ops import orthogonalize_
 
-Float64Array = npt.NDArray[np.float64]
 
-# Columns of the basis rotated at a time when restarting: bounds the scratch memory to (kept, 65536).
-_RESTART_COLUMNS = 65_536
-# A remainder below this many round-offs of the operator's norm is taken for the rounding error of its product. That is
-# a few round-offs; noise that passes costs products but no accuracy, a remainder cut off costs at most its own size.
-_BREAKDOWN = 32.0
-
-
-def norm(vector: Tensor) -> float:
-    """Euclidean norm, summed in float64.
-
-    torch sums a float32 norm in float32, lane by lane: at n = 10⁶ it is off by 10⁻⁴, and every Ritz value with it.
-    """
-    return float(torch.linalg.vector_norm(vector, dtype=torch.float64))
-
-
-class KrylovSubspace:
-    """An orthonormal basis V (rows), the projection T = V A Vᵀ, and the direction to grow in.
+class KrylovSubspace(Subspace):
+    """The subspace of single-vector Lanczos, with the direction to grow in.
 
     After every `expand`, A Vᵀ = Vᵀ T + β w e_lastᵀ with w orthogonal to V: for a Ritz pair (θ, Vᵀs) the residual norm
     is |β s_last|. β = 0 means that V spans an invariant subspace; the next direction is then drawn at random, which
@@ -44,26 +30,15 @@ class KrylovSubspace:
     """
 
     def __init__(self, operator: CheckedOperator, capacity: int, generator: torch.Generator) -> None:
-        self.operator = operator
-        self.capacity = min(capacity, operator.size)
-        self.generator = generator
-        self.basis = torch.empty(self.capacity, operator.size, dtype=operator.dtype, device=operator.device)
-        self.projection: Float64Array = np.zeros((self.capacity, self.capacity))
-        self.size = 0
+        super().__init__(operator, capacity, generator)
         self.beta = 0.0
-        self.norm = 0.0  # the largest |Ritz value| or |coefficient| seen: a lower estimate of the operator's norm
         self._next: Tensor | None = None
         self._follows_last = False
 
     @property
-    def full(self) -> bool:
-        """Whether storage is used up."""
-        return self.size == self.capacity
-
-    @property
-    def complete(self) -> bool:
-        """Whether the basis spans the whole space, so that the Ritz pairs are all eigenpairs."""
-        return self.size == self.operator.size
+    def width(self) -> int:
+        """One."""
+        return 1
 
     def expand(self) -> None:
         """Add one basis vector; costs one product.
@@ -71,7 +46,7 @@ class KrylovSubspace:
         Raises:
             ValueError: the product shows that the operator is not symmetric.
         """
-        vector = self._next if self._next is not None else self._random_direction()
+        vector = self._next if self._next is not None else self.random_direction()
         row = self.size
         self.basis[row].copy_(vector)
         product = self.operator.matvec(vector)
@@ -88,26 +63,14 @@ class KrylovSubspace:
         if self._next is None:
             self.beta = 0.0
 
-    def ritz(self) -> tuple[Float64Array, Float64Array, Float64Array]:
-        """Ritz values (ascending), their coordinates in the basis (columns), and residual norms."""
-        values, coordinates = np.linalg.eigh(self.projection[: self.size, : self.size])
-        self.norm = max(self.norm, float(np.abs(values).max()))
-        return values, coordinates, np.abs(self.beta * coordinates[-1])
-
-    def vectors(self, coordinates: Float64Array) -> Tensor:
-        """Combinations of the basis, one per column of `coordinates` (size, k), as rows (k, n)."""
-        rotation = torch.from_numpy(np.ascontiguousarray(coordinates.T)).to(self.basis)
-        return rotation @ self.basis[: self.size]
+    def remainders(self, coordinates: Float64Array) -> Float64Array:
+        """|β s_last| for each column s."""
+        remainder: Float64Array = np.abs(self.beta * coordinates[-1])
+        return remainder
 
     def restart(self, values: Float64Array, coordinates: Float64Array) -> None:
-        """Keep only the given Ritz pairs; the direction to grow in stays, so that nothing learnt about them is lost."""
-        kept = len(values)
-        rotation = torch.from_numpy(np.ascontiguousarray(coordinates.T)).to(self.basis)
-        for first in range(0, self.operator.size, _RESTART_COLUMNS):
-            columns = slice(first, first + _RESTART_COLUMNS)
-            self.basis[:kept, columns] = rotation @ self.basis[: self.size, columns]
-        self.projection[:kept, :kept] = np.diag(values)
-        self.size = kept
+        """Keep only the given Ritz pairs and the direction to grow in."""
+        super().restart(values, coordinates)
         # The direction now couples to every kept vector, not to the last one alone.
         self._follows_last = False
 
@@ -121,7 +84,7 @@ class KrylovSubspace:
         """The remainder as a unit vector orthogonal to the basis, or None where nothing but round-off is left."""
         epsilon = self.operator.epsilon
         # Normalising what is left by rounding would amplify noise.
-        if self.size == self.operator.size or self.beta <= _BREAKDOWN * epsilon * self.norm:
+        if self.size == self.operator.size or self.beta <= BREAKDOWN * epsilon * self.norm:
             return None
         vector = remainder / self.beta
         if self.beta < epsilon**0.5 * self.norm:
@@ -132,21 +95,6 @@ class KrylovSubspace:
                 return None
             vector /= length
         return vector
-
-    def _random_direction(self) -> Tensor:
-        """A random unit vector orthogonal to the basis (which does not span the space yet)."""
-        operator = self.operator
-        while True:
-            draw = torch.randn(operator.size, generator=self.generator, dtype=operator.dtype).to(operator.device)
-            draw /= norm(draw)
-            for _ in range(2):  # the second time after normalising, when almost all of the space is taken
-                orthogonalize_(draw, self.basis[: self.size])
-                length = norm(draw)
-                if length <= 10 * operator.epsilon:
-                    break
-                draw /= length
-            else:
-                return draw
 
 
 def check_symmetry(operator: CheckedOperator, expected: float, measured: float, norm: float) -> None:
@@ -224,7 +172,7 @@ def lanczos_quadratures(
             norms[probe] = max(norms[probe], abs(alpha), beta)
             if step > 0:
                 check_symmetry(operator, float(betas[probe, step - 1]), float(coefficients[step - 1]), norms[probe])
-            if step + 1 == size or beta <= _BREAKDOWN * epsilon * norms[probe]:
+            if step + 1 == size or beta <= BREAKDOWN * epsilon * norms[probe]:
                 continue
             betas[probe, step] = beta
             vector = remainder / beta

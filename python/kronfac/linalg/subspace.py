@@ -1,0 +1,120 @@
+"""An orthonormal basis with the projection of an operator on it: what the Krylov subspaces share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Generator, Tensor
+
+from kronfac.linalg.symmetric import CheckedOperator
+from kronfac.ops import orthogonalize_
+
+Float64Array = npt.NDArray[np.float64]
+
+# Columns of the basis rotated at a time when restarting: bounds the scratch memory to (kept, 65536).
+_RESTART_COLUMNS = 65_536
+BREAKDOWN = 32.0
+"""A remainder below this many round-offs of the operator's norm is taken for the rounding error of its product. That is
+a few round-offs; noise that passes costs products but no accuracy, a remainder cut off costs at most its own size."""
+
+
+def norm(vector: Tensor) -> float:
+    """Euclidean norm, summed in float64.
+
+    torch sums a float32 norm in float32, lane by lane: at n = 10⁶ it is off by 10⁻⁴, and every Ritz value with it.
+    """
+    return float(torch.linalg.vector_norm(vector, dtype=torch.float64))
+
+
+class Subspace(ABC):
+    """A growing, restartable basis V of orthonormal rows with T = V A Vᵀ.
+
+    Attributes:
+        operator: A.
+        capacity: most rows that are stored.
+        generator: of random directions.
+        basis: V in its first `size` rows.
+        projection: T in its first `size` rows and columns.
+        size: rows so far.
+        norm: the largest |Ritz value| or |coefficient| seen, a lower estimate of the operator's norm.
+    """
+
+    def __init__(self, operator: CheckedOperator, capacity: int, generator: Generator) -> None:
+        self.operator = operator
+        self.capacity = min(capacity, operator.size)
+        self.generator = generator
+        self.basis = torch.empty(self.capacity, operator.size, dtype=operator.dtype, device=operator.device)
+        self.projection: Float64Array = np.zeros((self.capacity, self.capacity))
+        self.size = 0
+        self.norm = 0.0
+
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """Rows that the next `expand` adds, each for one product."""
+
+    @property
+    def full(self) -> bool:
+        """Whether storage is used up."""
+        return self.complete or self.size + self.width > self.capacity
+
+    @property
+    def complete(self) -> bool:
+        """Whether the basis spans the whole space, so that the Ritz pairs are all eigenpairs."""
+        return self.size == self.operator.size
+
+    @abstractmethod
+    def expand(self) -> None:
+        """Add `width` basis vectors by one call of op @ V.
+
+        Raises:
+            ValueError: the product shows that the operator is not symmetric.
+        """
+
+    @abstractmethod
+    def remainders(self, coordinates: Float64Array) -> Float64Array:
+        """Residual norms of the Ritz pairs with these coordinates (columns), as the recurrence gives them."""
+
+    @abstractmethod
+    def forget_direction(self) -> None:
+        """Grow next in fresh random directions; the kept pairs must have converged, their residual is dropped."""
+
+    def ritz(self) -> tuple[Float64Array, Float64Array, Float64Array]:
+        """Ritz values (ascending), their coordinates in the basis (columns), and residual norms."""
+        values, coordinates = np.linalg.eigh(self.projection[: self.size, : self.size])
+        self.norm = max(self.norm, float(np.abs(values).max()))
+        return values, coordinates, self.remainders(coordinates)
+
+    def vectors(self, coordinates: Float64Array) -> Tensor:
+        """Combinations of the basis, one per column of `coordinates` (size, k), as rows (k, n)."""
+        rotation = torch.from_numpy(np.ascontiguousarray(coordinates.T)).to(self.basis)
+        return rotation @ self.basis[: self.size]
+
+    def restart(self, values: Float64Array, coordinates: Float64Array) -> None:
+        """Keep only the given Ritz pairs; the direction to grow in stays, so that nothing learnt about them is lost."""
+        kept = len(values)
+        rotation = torch.from_numpy(np.ascontiguousarray(coordinates.T)).to(self.basis)
+        for first in range(0, self.operator.size, _RESTART_COLUMNS):
+            columns = slice(first, first + _RESTART_COLUMNS)
+            self.basis[:kept, columns] = rotation @ self.basis[: self.size, columns]
+        self.projection[:kept, :kept] = np.diag(values)
+        self.size = kept
+
+    def random_direction(self, *others: Tensor) -> Tensor:
+        """A random unit vector orthogonal to the basis and to other orthonormal rows; there must be room for it."""
+        operator = self.operator
+        while True:
+            draw = torch.randn(operator.size, generator=self.generator, dtype=operator.dtype).to(operator.device)
+            draw /= norm(draw)
+            for _ in range(2):  # the second time after normalising, when almost all of the space is taken
+                for rows in (self.basis[: self.size], *others):
+                    orthogonalize_(draw, rows)
+                length = norm(draw)
+                if length <= 10 * operator.epsilon:
+                    break
+                draw /= length
+            else:
+                return draw
