@@ -3,62 +3,16 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kronfac.operators import ggn, hessian
-from kronfac.spectrum import EigenResult, eigsh
+from kronfac.spectrum import eigsh
 from tests.linalg.matrices import Counted, with_spectrum
 from tests.operators.cases import CASES, dense_hessian, make_case
-
-ORDERS = ("magnitude", "largest", "smallest")
-
-
-def _wanted(values: npt.NDArray[np.float64], k: int, which: str) -> npt.NDArray[np.float64]:
-    keys = {"magnitude": -np.abs(values), "largest": -values, "smallest": values}[which]
-    return values[np.argsort(keys, kind="stable")][:k]
-
-
-def _check(result: EigenResult, matrix: torch.Tensor, k: int, which: str, tolerance: float) -> None:
-    """Values against numpy's, order, residuals, orthonormal vectors, flags."""
-    dense = matrix.double()
-    exact = np.linalg.eigvalsh(dense.numpy())
-    norm = float(np.abs(exact).max())
-    values = result.values.double().numpy()
-    wanted = _wanted(exact, k, which)
-    if which == "magnitude":  # λ and -λ may come in either order
-        np.testing.assert_allclose(np.abs(values), np.abs(wanted), atol=tolerance * norm)
-        assert (np.diff(np.abs(values)) <= 1e-6 * norm).all()
-    else:
-        np.testing.assert_allclose(values, wanted, atol=tolerance * norm)
-    vectors = result.vectors.double()
-    assert vectors.shape == (len(dense), k)
-    slack = 1e-12 if matrix.dtype == torch.float64 else 1e-5
-    torch.testing.assert_close(vectors.mT @ vectors, torch.eye(k, dtype=torch.float64), atol=slack, rtol=0.0)
-    residuals = torch.linalg.vector_norm(dense @ vectors - vectors * result.values.double(), dim=0)
-    torch.testing.assert_close(residuals, result.residuals.double(), atol=slack * max(norm, 1e-300), rtol=0.0)
-    assert result.converged.dtype == torch.bool
-    assert result.converged.all()
-
-
-SPECTRA: dict[str, npt.NDArray[np.float64]] = {
-    "gaussian": np.random.default_rng(0).standard_normal(200),
-    "repeated": np.concatenate([[5, 5, 5, 4, 4, -6, -6], np.random.default_rng(1).uniform(-1, 1, 143)]),
-    "identity": np.ones(20),
-    "plus_minus": np.array([3.0] * 10 + [-3.0] * 10),
-    "low_rank": np.concatenate([[3.0, 2.0, 1.0], np.zeros(97)]),
-    "decaying": 1.0 / np.arange(1, 151) ** 2,
-    "network": np.concatenate([[90, 40, 22, 21, -3], np.random.default_rng(2).exponential(0.2, 295)]),
-    "negative": -np.linspace(1, 2, 30),
-    "one": np.array([2.5]),
-    "two": np.array([1.0, -1.0]),
-    "zero": np.zeros(7),
-    "tiny": 1e-30 * np.linspace(1, 3, 40),
-    "huge": 1e30 * np.linspace(1, 3, 40),
-}
+from tests.spectrum.eigenpairs import ORDERS, SPECTRA, check, wanted
 
 
 @pytest.mark.parametrize("name", SPECTRA)
@@ -67,7 +21,7 @@ def test_equals_numpy(name: str, which: str) -> None:
     values = SPECTRA[name]
     matrix = with_spectrum(values)
     for k in sorted({1, min(7, len(values)), len(values) if len(values) <= 40 else 12}):
-        _check(eigsh(matrix, k, which, tol=1e-7), matrix, k, which, 1e-8)
+        check(eigsh(matrix, k, which, tol=1e-7), matrix, k, which, 1e-8)
 
 
 @pytest.mark.parametrize("name", ["gaussian", "repeated", "low_rank", "network", "zero", "identity"])
@@ -76,7 +30,7 @@ def test_float32(name: str, which: str) -> None:
     matrix = with_spectrum(SPECTRA[name], dtype=torch.float32)
     result = eigsh(matrix, min(7, len(matrix)), which)
     assert result.values.dtype == torch.float32
-    _check(result, matrix, min(7, len(matrix)), which, 3e-6)
+    check(result, matrix, min(7, len(matrix)), which, 3e-6)
 
 
 @given(
@@ -97,7 +51,7 @@ def test_any_multiplicities_and_storage(
     basis_size = None if basis is None else min(size, k + 3) + basis
     result = eigsh(matrix, k, which, tol=1e-7, basis_size=basis_size, max_products=20_000, seed=seed)
     # Beyond 1 % of the spectrum's width no eigenvalue may be missed; within, a neighbour may stand in.
-    exact = _wanted(np.linalg.eigvalsh(matrix.numpy()), k, which)
+    exact = wanted(np.linalg.eigvalsh(matrix.numpy()), k, which)
     width = float(values.max() - values.min())
     found = result.values.numpy()
     assert result.converged.all()
@@ -118,7 +72,7 @@ def test_finds_every_copy_of_a_top_eigenvalue() -> None:
 def test_restarts_with_little_storage() -> None:
     matrix = with_spectrum(SPECTRA["gaussian"])
     small = eigsh(matrix, 5, basis_size=12, tol=1e-7)
-    _check(small, matrix, 5, "magnitude", 1e-8)
+    check(small, matrix, 5, "magnitude", 1e-8)
     large = eigsh(matrix, 5, tol=1e-7)
     assert small.products > large.products > 5
 
@@ -130,7 +84,7 @@ def test_hessians_of_networks(name: str) -> None:
         result = eigsh(hessian(case.model, case.loss_fn, (case.inputs, case.targets)), 6)
         exact = case.to(torch.float64)
         dense = dense_hessian(exact.model, exact.loss_fn, exact.inputs, exact.targets)
-        expected = _wanted(np.linalg.eigvalsh(dense.numpy()), 6, "magnitude")
+        expected = wanted(np.linalg.eigvalsh(dense.numpy()), 6, "magnitude")
         np.testing.assert_allclose(result.values.double().numpy(), expected, atol=tolerance * abs(expected[0]))
         assert result.converged.all()
         assert float(result.residuals.max()) <= 1e-3 * abs(float(result.values[0]))
@@ -202,7 +156,7 @@ def test_refusals() -> None:
         ({"k": 5}, ValueError, "k: expected at most n = 4 eigenpairs, got 5"),
         ({"k": 0}, ValueError, "k: expected at least 1, got 0"),
         ({"k": 2.0}, TypeError, "k: expected an integer"),
-        ({"which": "LM"}, ValueError, "which: expected one of 'magnitude', 'largest', 'smallest', got 'LM'"),
+        ({"which": "LM"}, ValueError, "which: expected one of 'magnitude', 'largest', 'smallest', 'both', got 'LM'"),
         ({"tol": 0.0}, ValueError, "tol: expected a finite number greater than 0"),
         ({"tol": float("nan")}, ValueError, "tol: expected a finite number"),
         ({"tol": "1"}, TypeError, "tol: expected a number"),

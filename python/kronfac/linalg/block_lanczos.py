@@ -62,10 +62,10 @@ class BlockKrylovSubspace(Subspace):
         self.size = high
         self._grow(products, low)
 
-    def remainders(self, coordinates: Float64Array) -> Float64Array:
-        """‖C s‖ for each column s."""
-        remainder: Float64Array = np.linalg.norm(self._coupling @ coordinates, axis=0)
-        return remainder
+    def coupling(self, coordinates: Float64Array) -> Float64Array:
+        """C s for each column s."""
+        coupling: Float64Array = self._coupling @ coordinates
+        return coupling
 
     def restart(self, values: Float64Array, coordinates: Float64Array) -> None:
         """Keep only the given Ritz pairs and the directions to grow in."""
@@ -73,7 +73,7 @@ class BlockKrylovSubspace(Subspace):
         self._coupling = self._coupling @ coordinates
 
     def forget_direction(self) -> None:
-        """Grow next in fresh random directions; the kept pairs must have converged, their residual is dropped."""
+        """Grow next in fresh random directions."""
         self._next = None
         self._coupling = np.zeros((0, self.size))
 

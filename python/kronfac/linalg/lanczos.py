@@ -63,10 +63,9 @@ class KrylovSubspace(Subspace):
         if self._next is None:
             self.beta = 0.0
 
-    def remainders(self, coordinates: Float64Array) -> Float64Array:
-        """|β s_last| for each column s."""
-        remainder: Float64Array = np.abs(self.beta * coordinates[-1])
-        return remainder
+    def coupling(self, coordinates: Float64Array) -> Float64Array:
+        """β s_last for each column s."""
+        return self.beta * coordinates[-1:]
 
     def restart(self, values: Float64Array, coordinates: Float64Array) -> None:
         """Keep only the given Ritz pairs and the direction to grow in."""
@@ -75,7 +74,7 @@ class KrylovSubspace(Subspace):
         self._follows_last = False
 
     def forget_direction(self) -> None:
-        """Grow next in a fresh random direction; the kept pairs must have converged, their residual is dropped."""
+        """Grow next in a fresh random direction."""
         self._next = None
         self._follows_last = False
         self.beta = 0.0

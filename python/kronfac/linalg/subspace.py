@@ -50,6 +50,7 @@ class Subspace(ABC):
         self.projection: Float64Array = np.zeros((self.capacity, self.capacity))
         self.size = 0
         self.norm = 0.0
+        self._dropped: Float64Array = np.zeros((0, 0))  # like C below, of directions that were forgotten
 
     @property
     @abstractmethod
@@ -75,18 +76,24 @@ class Subspace(ABC):
         """
 
     @abstractmethod
-    def remainders(self, coordinates: Float64Array) -> Float64Array:
-        """Residual norms of the Ritz pairs with these coordinates (columns), as the recurrence gives them."""
+    def coupling(self, coordinates: Float64Array) -> Float64Array:
+        """C s for each column s, where A Vᵀ = Vᵀ T + Wᵀ C with the orthonormal rows W to grow by."""
 
     @abstractmethod
     def forget_direction(self) -> None:
-        """Grow next in fresh random directions; the kept pairs must have converged, their residual is dropped."""
+        """Grow next in fresh random directions."""
 
     def ritz(self) -> tuple[Float64Array, Float64Array, Float64Array]:
         """Ritz values (ascending), their coordinates in the basis (columns), and residual norms."""
         values, coordinates = np.linalg.eigh(self.projection[: self.size, : self.size])
         self.norm = max(self.norm, float(np.abs(values).max()))
-        return values, coordinates, self.remainders(coordinates)
+        residuals: Float64Array = np.linalg.norm(self.coupling(coordinates), axis=0)
+        return values, coordinates, residuals
+
+    def forgotten(self, coordinates: Float64Array) -> Float64Array:
+        """What `start_afresh` left out of the residual norms, at most, for each column of `coordinates`."""
+        residuals: Float64Array = np.linalg.norm(self._dropped @ coordinates[: self._dropped.shape[1]], axis=0)
+        return residuals
 
     def vectors(self, coordinates: Float64Array) -> Tensor:
         """Combinations of the basis, one per column of `coordinates` (size, k), as rows (k, n)."""
@@ -101,7 +108,15 @@ class Subspace(ABC):
             columns = slice(first, first + _RESTART_COLUMNS)
             self.basis[:kept, columns] = rotation @ self.basis[: self.size, columns]
         self.projection[:kept, :kept] = np.diag(values)
+        self._dropped = self._dropped @ coordinates[: self._dropped.shape[1]]
         self.size = kept
+
+    def start_afresh(self, values: Float64Array, coordinates: Float64Array) -> None:
+        """Keep only the given Ritz pairs, which must have converged, and grow next in fresh random directions."""
+        couplings = self.coupling(coordinates)
+        self.restart(values, coordinates)
+        self._dropped = np.vstack([self._dropped.reshape(-1, self.size), couplings])
+        self.forget_direction()
 
     def random_direction(self, *others: Tensor) -> Tensor:
         """A random unit vector orthogonal to the basis and to other orthonormal rows; there must be room for it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 from torch import Tensor
@@ -14,16 +14,27 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
+Ended: TypeAlias = Literal["finished", "limit", "interrupted"]
+"""Why a search for eigenpairs ended: by itself, with all products spent, or by a KeyboardInterrupt."""
+
+PairStatus: TypeAlias = Literal["converged", "limit", "interrupted", "stagnated"]
+"""How an eigenpair came out."""
+
+
 @dataclass(frozen=True, eq=False)
 class EigenResult:
     """Eigenpairs of a symmetric operator.
 
     Attributes:
-        values: eigenvalues (k,), in the order that was asked for.
+        values: eigenvalues (k,), in the order that was asked for. Fewer than k where the search ended before it had as
+            many.
         vectors: unit eigenvectors as columns (n, k).
-        residuals: measured norms ‖Av - λv‖ (k,). An exact eigenvalue lies within the residual of each value.
+        residuals: measured norms ‖Av - λv‖ (k,). An exact eigenvalue lies within the residual of each value. An
+            interrupted search spends no more products: of that, bounds that its last step gives.
         converged: whether each residual met the tolerance, bool (k,).
         products: products with single vectors that were spent, those for the residuals included.
+        ended: why the search did: "finished", "limit" or "interrupted". Where it did not finish, converged pairs are
+            eigenpairs all the same, but others that are wanted more may not have been seen yet.
     """
 
     values: Tensor
@@ -31,6 +42,20 @@ class EigenResult:
     residuals: Tensor
     converged: Tensor
     products: int
+    ended: Ended = "finished"
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether a KeyboardInterrupt ended the search."""
+        return self.ended == "interrupted"
+
+    @property
+    def status(self) -> list[PairStatus]:
+        """Of each pair: "converged", or why not: "limit", "interrupted", or "stagnated" where round-off keeps the
+        measured residual above a tolerance that the method took for met.
+        """
+        otherwise: PairStatus = "stagnated" if self.ended == "finished" else self.ended
+        return ["converged" if met else otherwise for met in self.converged.tolist()]
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw the eigenvalues against their rank; bars show the residuals, hollow marks have not converged.

@@ -1,0 +1,48 @@
+"""What a search for eigenpairs may spend: products, and the user's patience."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kronfac.spectrum._interrupt import Interrupt
+from kronfac.spectrum.results import Ended
+
+
+@dataclass
+class Budget:
+    """Counts products, reports them, and says when to stop.
+
+    Attributes:
+        limit: products to spend in all.
+        reserved: of these kept for the residuals at the end.
+        stop: a KeyboardInterrupt.
+        report: called with the products spent so far, or None.
+        spent: products so far.
+    """
+
+    limit: int
+    reserved: int
+    stop: Interrupt
+    report: Callable[[int, int | None], None] | None
+    spent: int = 0
+
+    def allows(self, products: int) -> bool:
+        """Whether so many more may be spent on the search.
+
+        Raises:
+            KeyboardInterrupt: the user asked to stop before there was anything to return.
+        """
+        return not self.stop.stops(self.spent) and self.spent + products <= self.limit - self.reserved
+
+    def count(self, products: int) -> None:
+        """Note so many as spent."""
+        self.spent += products
+        if self.report is not None:
+            self.report(self.spent, None)
+
+    def ended(self, *, finished: bool) -> Ended:
+        """Why the search is over, which finished or not."""
+        if self.stop.requested:
+            return "interrupted"
+        return "finished" if finished else "limit"
