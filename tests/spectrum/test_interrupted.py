@@ -5,14 +5,19 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from kronfac.spectrum import eigsh
+from kronfac.operators import ggn
+from kronfac.spectrum import block_traces, diagonal, eigsh, trace
+from kronfac.spectrum.diagonal import METHODS as DIAGONAL_METHODS
 from kronfac.spectrum.eigsh import METHODS
+from kronfac.spectrum.trace import METHODS as TRACE_METHODS
 from tests.linalg.matrices import Counted, with_spectrum
+from tests.operators.cases import make_case
 
 _NETWORK = np.concatenate([[90.0, 40.0, 22.0, 21.0, -3.0], np.random.default_rng(2).exponential(0.2, 295)])
 
@@ -69,10 +74,115 @@ def test_eigenpairs_that_had_converged_are_marked(method: str) -> None:
     np.testing.assert_allclose(result.values[:2].numpy(), [1000.0, 500.0], rtol=1e-12)
 
 
+@pytest.mark.parametrize("method", TRACE_METHODS)
+@pytest.mark.parametrize("distribution", ["rademacher", "gaussian"])
+@pytest.mark.parametrize("products", [17, 40, 70, 90])
+def test_trace(method: str, distribution: str, products: int) -> None:
+    operator = Counted(with_spectrum(_NETWORK))
+    result = trace(operator, method, probes=99, distribution=distribution, progress=at(products))
+    assert result.interrupted
+    assert products <= operator.products == result.products < min(99, products + 16)
+    assert 2 <= len(result.samples) < products + 16
+    assert result.value == pytest.approx(float(result.samples.mean()))
+    factor = 1.3 if result.method == "xtrace" else 1.0  # its samples share probes
+    assert result.stderr == pytest.approx(factor * float(result.samples.std()) / len(result.samples) ** 0.5)
+    assert abs(result.value - _NETWORK.sum()) <= 5 * result.stderr
+    # a sketch alone is no estimate, but its test vectors are probes as well
+    assert result.method == ("hutchinson" if method == "hutch++" and products < 66 else method)
+
+
+def test_trace_over_the_probes_done() -> None:
+    matrix = with_spectrum(_NETWORK)
+    partial = trace(matrix, probes=100, progress=at(24), seed=3)
+    assert torch.equal(partial.samples, trace(matrix, probes=24, seed=3).samples)
+    partial = trace(matrix, "xtrace", probes=100, progress=at(33), seed=3)
+    same = trace(matrix, "xtrace", probes=32, seed=3)
+    assert partial.products == 40  # a stride that was under way is lost
+    torch.testing.assert_close(partial.samples, same.samples)
+    partial = trace(matrix, "xtrace", target_relative=1e-9, progress=at(100), seed=3)
+    assert partial.interrupted
+    assert 60 <= len(partial.samples) * 2 <= 100
+
+
+@pytest.mark.parametrize("method", DIAGONAL_METHODS)
+def test_diagonal(method: str) -> None:
+    operator = Counted(with_spectrum(_NETWORK))
+    partial = diagonal(operator, method, probes=200, progress=at(33), seed=3)
+    assert partial.interrupted
+    assert partial.products == operator.products == 40
+    same = diagonal(operator.matrix, method, probes=40 if method == "hutchinson" else 32, seed=3)
+    torch.testing.assert_close(partial.values, same.values)
+    torch.testing.assert_close(partial.stderr, same.stderr)
+
+
+@pytest.mark.parametrize("restricted", [False, True])
+def test_block_traces(restricted: bool) -> None:
+    case = make_case("mlp", torch.float64)
+    operator = ggn(case.model, case.loss_fn, (case.inputs, case.targets))
+    found = block_traces(operator, probes=50, restricted=restricted, progress=at(60 if restricted else 17), seed=3)
+    names = list(operator.blocks())
+    assert len(names) > 1
+    if restricted:  # one block, and a part of the next
+        assert list(found) == names[:2]
+        assert [block.products for block in found.values()] == [50, 16]
+        first = block_traces(operator, probes=50, restricted=True, seed=3)[names[0]]
+        assert found[names[0]].trace == pytest.approx(first.trace)
+    else:
+        same = block_traces(operator, probes=24, seed=3)
+        assert list(found) == names
+        assert [block.trace for block in found.values()] == pytest.approx([block.trace for block in same.values()])
+        assert [block.trace_stderr for block in found.values()] == pytest.approx(
+            [block.trace_stderr for block in same.values()]
+        )
+    assert all(block.interrupted for block in found.values())
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda operator: eigsh(operator, 9),
+        lambda operator: eigsh(operator, 9, method="block_lanczos"),
+        lambda operator: trace(operator),
+        lambda operator: trace(operator, "xtrace", probes=40),
+        lambda operator: trace(operator, "hutch++", probes=60),
+        lambda operator: diagonal(operator, probes=40),
+        lambda operator: diagonal(operator, "xdiag", probes=40),
+    ],
+)
+def test_the_first_signal_within_a_product_does_not_break_it(use: Callable[[Any], Any]) -> None:
+    class Pressing(Counted):
+        def __matmul__(self, vectors: torch.Tensor) -> torch.Tensor:
+            product = super().__matmul__(vectors)
+            if self.products >= 24 > self.products - vectors[0].numel():
+                signal.raise_signal(signal.SIGINT)
+            return product
+
+    operator = Pressing(with_spectrum(_NETWORK))
+    result = use(operator)
+    assert result.interrupted
+    assert operator.products == result.products
+
+
+def test_with_nothing_done_it_is_raised() -> None:
+    """A signal in the first call, which for a single probe is no estimate yet; an exact trace has no part of use."""
+    tiny = with_spectrum([3.0, 2.0, 1.0])
+    for use in (
+        lambda: trace(tiny, "xtrace", probes=20, progress=at(1)),
+        lambda: diagonal(tiny, probes=20, progress=at(1)),
+        lambda: trace(with_spectrum(_NETWORK), "xtrace", probes=20, progress=at(1)),
+        lambda: diagonal(with_spectrum(_NETWORK), "xdiag", probes=20, progress=at(1)),
+    ):
+        with pytest.raises(KeyboardInterrupt):
+            use()
+
+
 def test_a_second_one_raises() -> None:
     with pytest.raises(KeyboardInterrupt):
         eigsh(with_spectrum(_NETWORK), 5, progress=at(10, times=2))
 
 
 def test_uninterrupted_work_says_so() -> None:
-    assert not eigsh(with_spectrum(_NETWORK), 2).interrupted
+    matrix = with_spectrum(_NETWORK)
+    assert not eigsh(matrix, 2).interrupted
+    assert not diagonal(matrix, probes=4).interrupted
+    assert not any(trace(matrix, method, probes=8).interrupted for method in TRACE_METHODS)

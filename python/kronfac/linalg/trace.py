@@ -9,6 +9,7 @@ into its part on a sketched subspace, whose trace is computed, and the rest, who
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -25,6 +26,14 @@ _COLUMNS = 16
 """Vectors per call of op @ V: they share a pass over the data, and an operator may hold one graph per vector."""
 
 
+class StoppedError(Exception):
+    """Raised by a `Tick` to leave the work where it is."""
+
+
+Tick = Callable[[int], None]
+"""Called with the number of products after each call of op @ V."""
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A trace.
@@ -34,12 +43,14 @@ class Estimate:
         stderr: its standard error.
         samples: the single estimates whose mean is `value`.
         products: products with single vectors.
+        plain: whether it is Hutchinson's, made of what an interrupted method left.
     """
 
     value: float
     stderr: float
     samples: list[float]
     products: int
+    plain: bool = False
 
 
 @dataclass
@@ -67,9 +78,15 @@ class Sketch:
         self.omega, self.Q, self.Z = empty, empty, empty
         self.R = torch.empty(0, 0, dtype=torch.float64)
 
-    def extend(self, omega: Tensor) -> None:
-        """Take more test vectors (n, k) in."""
-        Y = multiply(self.op, omega)
+    def extend(self, omega: Tensor, images: Tensor | None = None, tick: Tick | None = None) -> None:
+        """Take more test vectors (n, k) in, or none if `tick` raises.
+
+        Args:
+            omega: the test vectors.
+            images: A omega, where that has been computed.
+            tick: called after each call of op @ V.
+        """
+        Y = multiply(self.op, omega, tick) if images is None else images
         over = torch.zeros(self.Q.shape[1], omega.shape[1], dtype=torch.float64)
         for _ in range(2):  # once leaves of the order of the round-off times the condition number
             part = self.Q.mT @ Y
@@ -82,8 +99,9 @@ class Sketch:
         if old:  # where Y had nothing new, what is left of it is round-off and may point back into Q
             basis, near_one = torch.linalg.qr(basis - self.Q @ (self.Q.mT @ basis))
             basis = basis * torch.sign(near_one.diagonal())
+        Z = multiply(self.op, basis, tick)
         self.omega, self.R = torch.cat([self.omega, omega], 1), R
-        self.Q, self.Z = torch.cat([self.Q, basis], 1), torch.cat([self.Z, multiply(self.op, basis)], 1)
+        self.Q, self.Z = torch.cat([self.Q, basis], 1), torch.cat([self.Z, Z], 1)
         self.products += 2 * omega.shape[1]
 
     def left_out(self) -> Tensor:
@@ -100,10 +118,18 @@ class Sketch:
         return unit
 
 
-def multiply(op: CheckedOperator, vectors: Tensor) -> Tensor:
+def multiply(op: CheckedOperator, vectors: Tensor, tick: Tick | None = None) -> Tensor:
     """A V for many columns, a few at a time."""
-    parts = torch.split_with_sizes(vectors, _sizes(vectors.shape[1]), 1)
-    return torch.cat([op.matmat(part.contiguous()) for part in parts], dim=1)
+    return torch.cat(list(images_of(op, vectors, tick)), dim=1)
+
+
+def images_of(op: CheckedOperator, vectors: Tensor, tick: Tick | None = None) -> Iterator[Tensor]:
+    """A V for many columns, a few at a time as they come."""
+    for part in torch.split_with_sizes(vectors, _sizes(vectors.shape[1]), 1):
+        image = op.matmat(part.contiguous())
+        yield image
+        if tick is not None:
+            tick(part.shape[1])
 
 
 def spherical(op: CheckedOperator, count: int, generator: Generator) -> Tensor:
@@ -113,7 +139,7 @@ def spherical(op: CheckedOperator, count: int, generator: Generator) -> Tensor:
     return drawn * (math.sqrt(op.size) / lengths)
 
 
-def exact_diagonal(op: CheckedOperator) -> Tensor:
+def exact_diagonal(op: CheckedOperator, tick: Tick | None = None) -> Tensor:
     """The diagonal (n,) by n products with unit vectors, float64."""
     parts = []
     first = 0
@@ -122,10 +148,14 @@ def exact_diagonal(op: CheckedOperator) -> Tensor:
         units[range(first, first + count), range(count)] = 1.0
         parts.append(op.matmat(units)[range(first, first + count), range(count)])
         first += count
+        if tick is not None:
+            tick(count)
     return torch.cat(parts).to("cpu", torch.float64)
 
 
-def hutch_pp(op: CheckedOperator, budget: int, generator: Generator, distribution: str) -> Estimate:
+def hutch_pp(
+    op: CheckedOperator, budget: int, generator: Generator, distribution: str, tick: Tick | None = None
+) -> Estimate | None:
     """Hutch++ with `budget` products: a third for the sketch, a third for its trace, a third for the rest.
 
     Args:
@@ -133,15 +163,34 @@ def hutch_pp(op: CheckedOperator, budget: int, generator: Generator, distributio
         budget: at least 6, less than 3n.
         generator: of the probes.
         distribution: of the probes.
+        tick: called after each call of op @ V. Where it raises `StoppedError`, the estimate is that of the probes done;
+            before there are two of them, Hutchinson's by the sketch's test vectors; None before there are two of those.
     """
     third = budget // 3
-    sketch = Sketch(op)
-    sketch.extend(draw_probes(op.size, third, "gaussian", generator, dtype=op.dtype, device=op.device))
-    head = float((sketch.Q * sketch.Z).sum(dtype=torch.float64))
-    rest = draw_probes(op.size, budget - 2 * third, distribution, generator, dtype=op.dtype, device=op.device)
-    rest = rest - sketch.Q @ (sketch.Q.mT @ rest)
-    samples = (head + (rest * multiply(op, rest)).sum(0, dtype=torch.float64)).tolist()
-    return Estimate(sum(samples) / len(samples), standard_error(samples), samples, budget)
+    omega = draw_probes(op.size, third, "gaussian", generator, dtype=op.dtype, device=op.device)
+    images: list[Tensor] = []
+    rest_images: list[Tensor] = []
+    head, rest = 0.0, omega
+    try:
+        for image in images_of(op, omega, tick):
+            images.append(image)
+        sketch = Sketch(op)
+        sketch.extend(omega, torch.cat(images, 1), tick)
+        head = float((sketch.Q * sketch.Z).sum(dtype=torch.float64))
+        rest = draw_probes(op.size, budget - 2 * third, distribution, generator, dtype=op.dtype, device=op.device)
+        rest = rest - sketch.Q @ (sketch.Q.mT @ rest)
+        for image in images_of(op, rest, tick):
+            rest_images.append(image)
+    except StoppedError:
+        pass
+    plain = sum(image.shape[1] for image in rest_images) < 2
+    if plain:
+        head, rest, rest_images = 0.0, omega, images
+    if sum(image.shape[1] for image in rest_images) < 2:
+        return None
+    products = torch.cat(rest_images, 1)
+    samples = (head + (rest[:, : products.shape[1]] * products).sum(0, dtype=torch.float64)).tolist()
+    return Estimate(sum(samples) / len(samples), standard_error(samples), samples, budget, plain)
 
 
 def xtrace(sketch: Sketch) -> Estimate:

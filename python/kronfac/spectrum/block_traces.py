@@ -8,7 +8,9 @@ import torch
 
 from kronfac.linalg.probes import draw_probes, make_generator, standard_error
 from kronfac.operators import CurvatureOperator
+from kronfac.spectrum._interrupt import interruptible
 from kronfac.spectrum._options import Progress, check_count
+from kronfac.spectrum._progress import shown
 from kronfac.spectrum.results import BlockTraceResult
 
 _CALLER = "kronfac.spectrum.block_traces"
@@ -22,7 +24,7 @@ def block_traces(
     probes: int = 100,
     restricted: bool = False,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> dict[str, BlockTraceResult]:
     """Estimate the trace of each layer's block of a curvature matrix, and how large its entries are.
 
@@ -37,12 +39,14 @@ def block_traces(
         probes: vectors, at least 2; with `restricted` for each block.
         restricted: probe each block alone.
         seed: of the probes; equal seeds give equal results.
-        progress: called as progress(products, products in all).
+        progress: called as progress(products, products in all); True for a progress bar.
 
     Returns:
-        By module or group name.
+        By module or group name. After a KeyboardInterrupt of the probes done, without blocks that have not been probed
+        twice; a second one raises.
 
     Raises:
+        KeyboardInterrupt: before two probes were done.
         TypeError: `op` is no operator of `kronfac.operators`, or an option has the wrong type.
         ValueError: an option out of range, an unknown name in `groups`, or a product that is not finite.
     """
@@ -59,30 +63,35 @@ def block_traces(
     traces: dict[str, list[float]] = {name: [] for name in blocks}
     squares: dict[str, list[float]] = {name: [] for name in blocks}
     done, total = 0, probes * len(sweeps)
-    for operator, entries in sweeps:
-        for first in range(0, probes, _COLUMNS):
-            count = min(_COLUMNS, probes - first)
-            drawn = draw_probes(
-                operator.shape[0], count, "rademacher", generator, dtype=operator.dtype, device=operator.device
-            )
-            product = operator @ drawn
-            for name, index in entries.items():
-                own = product[index.to(product.device)]
-                mine = drawn[index.to(product.device)]
-                traces[name] += (mine * own).sum(0, dtype=torch.float64).tolist()
-                squares[name] += own.square().sum(0, dtype=torch.float64).tolist()
-            done += count
-            if progress is not None:
-                progress(done, total)
+    with interruptible() as stop, shown(progress, _CALLER) as report:
+        for operator, entries in sweeps:
+            for first in range(0, probes, _COLUMNS):
+                if stop.stops(done - 1):  # one probe has no standard error
+                    break
+                count = min(_COLUMNS, probes - first)
+                drawn = draw_probes(
+                    operator.shape[0], count, "rademacher", generator, dtype=operator.dtype, device=operator.device
+                )
+                product = operator @ drawn
+                for name, index in entries.items():
+                    own = product[index.to(product.device)]
+                    mine = drawn[index.to(product.device)]
+                    traces[name] += (mine * own).sum(0, dtype=torch.float64).tolist()
+                    squares[name] += own.square().sum(0, dtype=torch.float64).tolist()
+                done += count
+                if report is not None:
+                    report(done, total)
     return {
         name: BlockTraceResult(
             size=blocks[name].shape[0],
-            trace=sum(traces[name]) / probes,
-            trace_stderr=standard_error(traces[name]),
-            squared_frobenius=sum(squares[name]) / probes,
+            trace=sum(found) / len(found),
+            trace_stderr=standard_error(found),
+            squared_frobenius=sum(squares[name]) / len(found),
             squared_frobenius_stderr=standard_error(squares[name]),
             restricted=restricted,
-            products=probes,
+            products=len(found),
+            interrupted=stop.requested,
         )
-        for name in blocks
+        for name, found in traces.items()
+        if len(found) >= 2
     }

@@ -6,14 +6,17 @@ import torch
 
 from kronfac.linalg.probes import draw_probes, make_generator
 from kronfac.linalg.symmetric import CheckedOperator, SymmetricOperator, check_operator
-from kronfac.linalg.trace import Sketch, exact_diagonal, xdiag
+from kronfac.linalg.trace import Sketch, StoppedError, exact_diagonal, xdiag
+from kronfac.spectrum._interrupt import interruptible
 from kronfac.spectrum._options import Progress, check_choice, check_count, check_sketch
+from kronfac.spectrum._progress import shown
+from kronfac.spectrum._tally import Tally
 from kronfac.spectrum.results import DiagonalResult
 
 METHODS = ("hutchinson", "xdiag")
 
 _CALLER = "kronfac.spectrum.diagonal"
-_COLUMNS = 8  # probes per call of op @ V: one pass over the data serves all of them
+_COLUMNS = 8  # probes per call of op @ V: one pass over the data serves all of them. A KeyboardInterrupt may lose them
 _LEAST = {"hutchinson": 2, "xdiag": 4}
 
 
@@ -23,7 +26,7 @@ def diagonal(
     *,
     probes: int = 100,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> DiagonalResult:
     """Estimate the diagonal of a symmetric operator, with standard errors.
 
@@ -37,12 +40,14 @@ def diagonal(
         probes: products with single vectors to spend, at least 2 ("xdiag": 4, and an even number is spent). Where n
             products are no more, the diagonal is computed exactly.
         seed: of the probes; equal seeds give equal results.
-        progress: called as progress(products, probes).
+        progress: called as progress(products, probes); True for a progress bar.
 
     Returns:
-        The diagonal with a standard error for each entry.
+        The diagonal with a standard error for each entry. After a KeyboardInterrupt that of the probes done; a second
+        one raises.
 
     Raises:
+        KeyboardInterrupt: before two probes were done, or while the diagonal was computed exactly.
         TypeError: `op` is no operator, or an option has the wrong type.
         ValueError: unknown method, an option out of range, memory for the sketch beyond reason, or a product that is
             not finite.
@@ -51,39 +56,65 @@ def diagonal(
     check_choice(method, "method", _CALLER, METHODS)
     probes = check_count(probes, "probes", _CALLER, least=_LEAST[method])
     generator = make_generator(seed, _CALLER)
-    if operator.size <= probes:
-        values = exact_diagonal(operator)
-        result = DiagonalResult(values, torch.zeros_like(values), operator.size, method)
-    elif method == "hutchinson":
-        result = _hutchinson(operator, probes, generator, progress)
-    else:
+    if operator.size > probes and method == "xdiag":
         check_sketch(operator, probes // 2, _CALLER)
-        sketch = Sketch(operator)
-        sketch.extend(
-            draw_probes(
-                operator.size, probes // 2, "rademacher", generator, dtype=operator.dtype, device=operator.device
+    with interruptible() as stop, shown(progress, _CALLER) as report:
+        tally = Tally(stop, report, min(probes, operator.size))
+        if operator.size <= probes:
+            found = _exact(operator, tally)
+        elif method == "hutchinson":
+            found = _hutchinson(operator, probes, generator, tally)
+        else:
+            found = _xdiag(operator, probes, generator, tally)
+        if found is None:
+            raise KeyboardInterrupt
+    return DiagonalResult(*found, tally.spent, method, stop.requested)
+
+
+_Estimate = tuple[torch.Tensor, torch.Tensor]
+"""The diagonal and its standard errors."""
+
+
+def _exact(operator: CheckedOperator, tally: Tally) -> _Estimate | None:
+    try:
+        values = exact_diagonal(operator, tally)
+    except StoppedError:
+        return None
+    return values, torch.zeros_like(values)
+
+
+def _xdiag(operator: CheckedOperator, probes: int, generator: torch.Generator, tally: Tally) -> _Estimate | None:
+    sketch = Sketch(operator)
+    try:
+        for first in range(0, probes // 2, _COLUMNS):
+            count = min(_COLUMNS, probes // 2 - first)
+            drawn = draw_probes(
+                operator.size, count, "rademacher", generator, dtype=operator.dtype, device=operator.device
             )
-        )
-        result = DiagonalResult(*xdiag(sketch), sketch.products, method)
-    if progress is not None:
-        progress(result.products, probes)
-    return result
+            sketch.extend(drawn, tick=tally)
+    except StoppedError:
+        if sketch.Q.shape[1] < 2:
+            return None
+    return xdiag(sketch)
 
 
-def _hutchinson(
-    operator: CheckedOperator, probes: int, generator: torch.Generator, progress: Progress | None
-) -> DiagonalResult:
+def _hutchinson(operator: CheckedOperator, probes: int, generator: torch.Generator, tally: Tally) -> _Estimate | None:
     mean = torch.zeros(operator.size, dtype=torch.float64)
     squares, done = torch.zeros_like(mean), 0
-    while done < probes:
-        count = min(_COLUMNS, probes - done)
-        drawn = draw_probes(operator.size, count, "rademacher", generator, dtype=operator.dtype, device=operator.device)
-        for sample in (drawn * operator.matmat(drawn)).to("cpu", torch.float64).unbind(1):
-            # Welford's recurrence: the sums of squares of a large mean would cancel.
-            done += 1
-            step = sample - mean
-            mean += step / done
-            squares += step * (sample - mean)
-        if progress is not None and done < probes:
-            progress(done, probes)
-    return DiagonalResult(mean, (squares / (probes - 1) / probes).sqrt(), probes, "hutchinson")
+    try:
+        while done < probes:
+            count = min(_COLUMNS, probes - done)
+            drawn = draw_probes(
+                operator.size, count, "rademacher", generator, dtype=operator.dtype, device=operator.device
+            )
+            for sample in (drawn * operator.matmat(drawn)).to("cpu", torch.float64).unbind(1):
+                # Welford's recurrence: the sums of squares of a large mean would cancel.
+                done += 1
+                step = sample - mean
+                mean += step / done
+                squares += step * (sample - mean)
+            tally(count)
+    except StoppedError:
+        if done < 2:
+            return None
+    return mean, (squares / (done - 1) / done).sqrt()

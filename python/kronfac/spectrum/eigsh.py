@@ -13,6 +13,7 @@ from kronfac.spectrum._budget import Budget
 from kronfac.spectrum._interrupt import interruptible
 from kronfac.spectrum._lanczos import LanczosSearch
 from kronfac.spectrum._options import BASIS_BYTES, Progress, check_choice, check_count, check_positive
+from kronfac.spectrum._progress import shown
 from kronfac.spectrum._wanted import ORDERS, Wanted
 from kronfac.spectrum.results import EigenResult
 
@@ -34,7 +35,7 @@ def eigsh(
     block_size: int | None = None,
     multiplicity: bool = True,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> EigenResult:
     """Find k extreme eigenpairs of a symmetric operator, each with the residual that certifies it.
 
@@ -64,7 +65,7 @@ def eigsh(
         multiplicity: search for further copies of repeated eigenvalues; False saves some tens of products and accepts
             one copy of each, with blocks `block_size` copies.
         seed: of the start vectors; equal seeds give equal results.
-        progress: called as progress(products, None) after each product.
+        progress: called as progress(products, None) after each call of op @ V; True for a progress bar.
 
     Returns:
         The pairs in descending order of |λ| for "magnitude", descending for "largest" and "both", ascending for
@@ -72,6 +73,7 @@ def eigsh(
         After a KeyboardInterrupt those found so far, at once; a second one raises.
 
     Raises:
+        KeyboardInterrupt: before the first product was done.
         TypeError: `op` is no operator, or an option has the wrong type.
         ValueError: `op` is not square or not symmetric, its product is not finite, k > n, or an option is out of range.
     """
@@ -90,8 +92,8 @@ def eigsh(
     )
     basis_size = _check_basis(basis_size, operator, k, block)
     generator = make_generator(seed, _CALLER)
-    with interruptible() as stop:
-        budget = Budget(limit, k, stop, progress)
+    with interruptible() as stop, shown(progress, _CALLER) as report:
+        budget = Budget(limit, k, stop, report)
         subspace: Subspace
         if method == "lanczos":
             subspace = KrylovSubspace(operator, basis_size, generator)

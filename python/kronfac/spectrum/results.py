@@ -106,6 +106,7 @@ class TraceResult:
         samples: the single estimates, float64; `value` is their mean. vᵀAv per probe for "hutchinson"; those of
             "hutch++" share the trace of the sketch, and each of "xtrace" leaves one probe out of it.
         method: how it was estimated.
+        interrupted: whether a KeyboardInterrupt ended it with fewer probes than asked for.
     """
 
     value: float
@@ -113,6 +114,7 @@ class TraceResult:
     products: int
     samples: Tensor
     method: str = "hutchinson"
+    interrupted: bool = False
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw the running mean over the samples with a band of two standard errors.
@@ -152,12 +154,14 @@ class DiagonalResult:
         stderr: the standard error of each entry (n,), float64; 0 where it was computed exactly.
         products: products with single vectors that were spent.
         method: how it was estimated.
+        interrupted: whether a KeyboardInterrupt ended it with fewer probes than asked for.
     """
 
     values: Tensor
     stderr: Tensor
     products: int
     method: str
+    interrupted: bool = False
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw the entries in descending order with a band of two standard errors.
@@ -197,6 +201,7 @@ class BlockTraceResult:
         squared_frobenius_stderr: its standard error.
         restricted: whether the block was probed alone.
         products: products with single vectors; shared by all blocks where these were not probed alone.
+        interrupted: whether a KeyboardInterrupt ended the estimate with fewer probes than asked for.
     """
 
     size: int
@@ -206,6 +211,7 @@ class BlockTraceResult:
     squared_frobenius_stderr: float
     restricted: bool
     products: int
+    interrupted: bool = False
 
     @property
     def mean_eigenvalue(self) -> float:

@@ -9,7 +9,8 @@ import torch
 
 from kronfac.linalg.probes import DISTRIBUTIONS, draw_probes, make_generator, standard_error
 from kronfac.linalg.symmetric import CheckedOperator, SymmetricOperator, check_operator
-from kronfac.linalg.trace import Estimate, Sketch, exact_diagonal, hutch_pp, spherical, xtrace
+from kronfac.linalg.trace import Estimate, Sketch, StoppedError, exact_diagonal, hutch_pp, spherical, xtrace
+from kronfac.spectrum._interrupt import interruptible
 from kronfac.spectrum._options import (
     BASIS_BYTES,
     Progress,
@@ -18,12 +19,16 @@ from kronfac.spectrum._options import (
     check_positive,
     check_sketch,
 )
+from kronfac.spectrum._progress import shown
+from kronfac.spectrum._tally import Tally
 from kronfac.spectrum.results import TraceResult
 
 METHODS = ("hutchinson", "hutch++", "xtrace")
 
 # Probes per call of op @ V: one pass over the data serves all of them.
 _COLUMNS = 8
+# Test vectors that a sketch takes in at once: what a KeyboardInterrupt loses at most.
+_STRIDE = 8
 # A standard error from fewer probes is too unsure to stop by.
 _LEAST_BEFORE_STOPPING = 16
 
@@ -38,7 +43,7 @@ def trace(
     max_products: int = 10_000,
     distribution: str = "rademacher",
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> TraceResult:
     """Estimate the trace of a symmetric operator, with a standard error.
 
@@ -59,12 +64,14 @@ def trace(
         distribution: "rademacher" or "gaussian", of the probes; the sketch of "hutch++" is Gaussian, "xtrace" has
             probes of its own on the sphere.
         seed: of the probes; equal seeds give equal results.
-        progress: called as progress(products, probes or None).
+        progress: called as progress(products, probes or None); True for a progress bar.
 
     Returns:
-        The estimate, its standard error, and the single samples.
+        The estimate, its standard error, and the single samples. After a KeyboardInterrupt those of the probes done,
+        which of "hutch++" may be Hutchinson's by the test vectors of its sketch; a second one raises.
 
     Raises:
+        KeyboardInterrupt: before two probes were done, or while the trace was computed exactly.
         TypeError: `op` is no operator, or an option has the wrong type.
         ValueError: unknown method or distribution, an option out of range, a target for "hutch++", whose shares are
             fixed beforehand, memory for the sketch beyond reason, or a product that is not finite.
@@ -78,25 +85,28 @@ def trace(
         limit = check_count(100 if probes is None else probes, "probes", _CALLER, least=_LEAST[method])
     else:
         limit = check_count(max_products, "max_products", _CALLER, least=_LEAST_BEFORE_STOPPING)
-    if method == "hutchinson":
-        found = _hutchinson(operator, limit, target, distribution, generator, progress)
-    elif method == "hutch++":
-        if target is not None:
-            raise ValueError(
-                f"{_CALLER}: target_stderr, target_relative: expected None with method='hutch++', whose share for the "
-                "sketch is fixed beforehand; use method='xtrace'"
-            )
-        found = _exact(operator) if operator.size <= limit else _hutch_pp(operator, limit, distribution, generator)
-    else:
-        found = _xtrace(operator, limit, target, generator, progress)
-    if progress is not None and method != "hutchinson":
-        progress(found.products, limit if target is None else None)
+    if method == "hutch++" and target is not None:
+        raise ValueError(
+            f"{_CALLER}: target_stderr, target_relative: expected None with method='hutch++', whose share for the "
+            "sketch is fixed beforehand; use method='xtrace'"
+        )
+    with interruptible() as stop, shown(progress, _CALLER) as report:
+        tally = Tally(stop, report, limit if target is None else None)
+        if method == "hutchinson":
+            found = _hutchinson(operator, limit, target, distribution, generator, tally)
+        elif method == "hutch++":
+            found = _hutch_pp(operator, limit, distribution, generator, tally)
+        else:
+            found = _xtrace(operator, limit, target, generator, tally)
+        if found is None:
+            raise KeyboardInterrupt
     return TraceResult(
         value=found.value,
         stderr=found.stderr,
-        products=found.products,
+        products=tally.spent,
         samples=torch.tensor(found.samples, dtype=torch.float64),
-        method=method,
+        method="hutchinson" if found.plain else method,
+        interrupted=stop.requested,
     )
 
 
@@ -123,8 +133,11 @@ class _Target:
         return stderr <= max(self.absolute, self.relative * abs(value))
 
 
-def _exact(operator: CheckedOperator) -> Estimate:
-    value = float(exact_diagonal(operator).sum())
+def _exact(operator: CheckedOperator, tally: Tally) -> Estimate | None:
+    try:
+        value = float(exact_diagonal(operator, tally).sum())
+    except StoppedError:  # a part of a trace is no estimate of it
+        return None
     return Estimate(value, 0.0, [value], operator.size)
 
 
@@ -134,26 +147,35 @@ def _hutchinson(
     target: _Target | None,
     distribution: str,
     generator: torch.Generator,
-    progress: Progress | None,
-) -> Estimate:
+    tally: Tally,
+) -> Estimate | None:
     bytes_each = operator.size * torch.finfo(operator.dtype).bits // 8
     columns = max(1, min(_COLUMNS, BASIS_BYTES // bytes_each))
     samples: list[float] = []
-    while len(samples) < limit:
-        count = min(columns, limit - len(samples))
-        drawn = draw_probes(operator.size, count, distribution, generator, dtype=operator.dtype, device=operator.device)
-        samples += (drawn * operator.matmat(drawn)).sum(dim=0, dtype=torch.float64).tolist()
-        if progress is not None:
-            progress(len(samples), limit if target is None else None)
-        enough = target is not None and len(samples) >= _LEAST_BEFORE_STOPPING
-        if enough and target is not None and target.met(float(np.mean(samples)), standard_error(samples)):
-            break
+    try:
+        while len(samples) < limit:
+            count = min(columns, limit - len(samples))
+            drawn = draw_probes(
+                operator.size, count, distribution, generator, dtype=operator.dtype, device=operator.device
+            )
+            samples += (drawn * operator.matmat(drawn)).sum(dim=0, dtype=torch.float64).tolist()
+            tally(count)
+            enough = target is not None and len(samples) >= _LEAST_BEFORE_STOPPING
+            if enough and target is not None and target.met(float(np.mean(samples)), standard_error(samples)):
+                break
+    except StoppedError:
+        if len(samples) < 2:
+            return None
     return Estimate(float(np.mean(samples)), standard_error(samples), samples, len(samples))
 
 
-def _hutch_pp(operator: CheckedOperator, limit: int, distribution: str, generator: torch.Generator) -> Estimate:
+def _hutch_pp(
+    operator: CheckedOperator, limit: int, distribution: str, generator: torch.Generator, tally: Tally
+) -> Estimate | None:
+    if operator.size <= limit:
+        return _exact(operator, tally)
     check_sketch(operator, limit // 3, _CALLER)
-    return hutch_pp(operator, limit, generator, distribution)
+    return hutch_pp(operator, limit, generator, distribution, tally)
 
 
 def _xtrace(
@@ -161,20 +183,22 @@ def _xtrace(
     limit: int,
     target: _Target | None,
     generator: torch.Generator,
-    progress: Progress | None,
-) -> Estimate:
+    tally: Tally,
+) -> Estimate | None:
     sketch = Sketch(operator)
     size = limit // 2 if target is None else _LEAST_BEFORE_STOPPING // 2
+    found: Estimate | None = None
     while True:
         more = size - sketch.Q.shape[1]
         if operator.size <= 2 * more or size > operator.size - 2:
-            exact = _exact(operator)
-            return Estimate(exact.value, 0.0, exact.samples, sketch.products + exact.products)
+            return _exact(operator, tally) or found
         check_sketch(operator, size, _CALLER)
-        sketch.extend(spherical(operator, more, generator))
+        try:
+            for first in range(0, more, _STRIDE):
+                sketch.extend(spherical(operator, min(_STRIDE, more - first), generator), tick=tally)
+        except StoppedError:
+            return xtrace(sketch) if sketch.Q.shape[1] >= 2 else None
         found = xtrace(sketch)
-        if progress is not None and target is not None:
-            progress(found.products, None)
         if target is None or target.met(found.value, found.stderr) or found.products + 2 > limit:
             return found
         # By half at a time: at the end at most half of the products were too many.
