@@ -47,7 +47,7 @@ def at(products: int, times: int = 1) -> Callable[[int, int | None], None]:
 @pytest.mark.parametrize("products", [1, 12, 30])
 def test_eigenpairs(method: str, products: int) -> None:
     operator = Counted(with_spectrum(_NETWORK))
-    result = eigsh(operator, 5, "largest", method=method, tol=1e-8, progress=at(products))
+    result = eigsh(operator, 5, method=method, tol=1e-8, progress=at(products))
     assert result.interrupted
     assert result.ended == "interrupted"
     assert operator.products == result.products <= products + 12  # no more than the call that was under way
@@ -67,7 +67,7 @@ def test_eigenpairs(method: str, products: int) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_eigenpairs_that_had_converged_are_marked(method: str) -> None:
     matrix = with_spectrum(np.concatenate([[1000.0, 500.0], np.linspace(0, 1, 298)]))
-    result = eigsh(matrix, 12, "largest", method=method, tol=1e-9, block_size=None, progress=at(100))
+    result = eigsh(matrix, 12, method=method, tol=1e-9, progress=at(100))
     assert result.interrupted
     assert result.status[:2] == ["converged", "converged"]
     assert "interrupted" in result.status
@@ -142,6 +142,8 @@ def test_block_traces(restricted: bool) -> None:
     [
         lambda operator: eigsh(operator, 9),
         lambda operator: eigsh(operator, 9, method="block_lanczos"),
+        lambda operator: eigsh(operator, 9, method="lobpcg"),
+        lambda operator: eigsh(operator, 9, method="power"),
         lambda operator: trace(operator),
         lambda operator: trace(operator, "xtrace", probes=40),
         lambda operator: trace(operator, "hutch++", probes=60),

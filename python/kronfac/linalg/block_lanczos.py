@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kronfac.linalg.lanczos import check_symmetry
+from kronfac.linalg.lanczos import check_symmetric
 from kronfac.linalg.subspace import BREAKDOWN, Float64Array, Subspace, norm
 from kronfac.linalg.symmetric import CheckedOperator
 from kronfac.ops import orthogonalize_
@@ -53,9 +53,9 @@ class BlockKrylovSubspace(Subspace):
         self.norm = max(self.norm, float(np.abs(coefficients).max()))
         own = coefficients[:, low:]
         # Each entry within the block is measured twice, and C is what the recurrence expects of the others.
-        self._check_symmetry(own, own.T)
+        check_symmetric(self.operator, own, own.T, self.norm)
         if not fresh:
-            self._check_symmetry(self._coupling, coefficients[:, :low])
+            check_symmetric(self.operator, self._coupling, coefficients[:, :low], self.norm)
         coefficients[:, low:] = (own + own.T) / 2
         self.projection[low:high, :high] = coefficients
         self.projection[:high, low:high] = coefficients.T
@@ -76,11 +76,6 @@ class BlockKrylovSubspace(Subspace):
         """Grow next in fresh random directions."""
         self._next = None
         self._coupling = np.zeros((0, self.size))
-
-    def _check_symmetry(self, expected: Float64Array, measured: Float64Array) -> None:
-        if expected.size:
-            worst = np.unravel_index(np.abs(expected - measured).argmax(), expected.shape)
-            check_symmetry(self.operator, float(expected[worst]), float(measured[worst]), self.norm)
 
     def _grow(self, products: Tensor, low: int) -> None:
         """Find W and C from what is left of the last products, whose rows entered the basis at `low`."""

@@ -116,6 +116,13 @@ def check_symmetry(operator: CheckedOperator, expected: float, measured: float, 
         )
 
 
+def check_symmetric(operator: CheckedOperator, expected: Float64Array, measured: Float64Array, norm: float) -> None:
+    """`check_symmetry` of matrices of such products: of the entry that differs most."""
+    if expected.size:
+        worst = np.unravel_index(np.abs(expected - measured).argmax(), expected.shape)
+        check_symmetry(operator, float(expected[worst]), float(measured[worst]), norm)
+
+
 @dataclass(frozen=True, eq=False)
 class Quadrature:
     """Gauss quadrature of the spectral measure of one start vector: nodes θ and weights τ² with Στ² = 1."""

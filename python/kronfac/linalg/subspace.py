@@ -120,16 +120,20 @@ class Subspace(ABC):
 
     def random_direction(self, *others: Tensor) -> Tensor:
         """A random unit vector orthogonal to the basis and to other orthonormal rows; there must be room for it."""
-        operator = self.operator
-        while True:
-            draw = torch.randn(operator.size, generator=self.generator, dtype=operator.dtype).to(operator.device)
-            draw /= norm(draw)
-            for _ in range(2):  # the second time after normalising, when almost all of the space is taken
-                for rows in (self.basis[: self.size], *others):
-                    orthogonalize_(draw, rows)
-                length = norm(draw)
-                if length <= 10 * operator.epsilon:
-                    break
-                draw /= length
-            else:
-                return draw
+        return random_direction(self.operator, self.generator, self.basis[: self.size], *others)
+
+
+def random_direction(operator: CheckedOperator, generator: Generator, *bases: Tensor) -> Tensor:
+    """A random unit vector (n,) orthogonal to orthonormal rows, which together do not span the space."""
+    while True:
+        draw = torch.randn(operator.size, generator=generator, dtype=operator.dtype).to(operator.device)
+        draw /= norm(draw)
+        for _ in range(2):  # the second time after normalising, when almost all of the space is taken
+            for rows in bases:
+                orthogonalize_(draw, rows)
+            length = norm(draw)
+            if length <= 10 * operator.epsilon:
+                break
+            draw /= length
+        else:
+            return draw
