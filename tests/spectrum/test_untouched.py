@@ -306,13 +306,13 @@ USES: dict[str, dict[str, Use]] = {
     L + "KrylovSubspace.coupling": {"": lambda s: ritz(s)[0].coupling(ritz(s)[2])},
     L + "KrylovSubspace.restart": {"": restarted},
     L + "KrylovSubspace.forget_direction": {"": lambda s: krylov(s).forget_direction()},
-    L + "Subspace.full": {"": lambda s: krylov(s).full},
-    L + "Subspace.complete": {"": lambda s: krylov(s).complete},
-    L + "Subspace.ritz": {"": lambda s: ritz(s)},
-    L + "Subspace.vectors": {"": lambda s: krylov(s).vectors(ritz(s)[2])},
-    L + "Subspace.forgotten": {"": lambda s: krylov(s).forgotten(ritz(s)[2])},
-    L + "Subspace.start_afresh": {"": afresh},
-    L + "Subspace.random_direction": {"": lambda s: krylov(s).random_direction()},
+    L + "KrylovSubspace.full": {"": lambda s: krylov(s).full},
+    L + "KrylovSubspace.complete": {"": lambda s: krylov(s).complete},
+    L + "KrylovSubspace.ritz": {"": lambda s: ritz(s)},
+    L + "KrylovSubspace.vectors": {"": lambda s: krylov(s).vectors(ritz(s)[2])},
+    L + "KrylovSubspace.forgotten": {"": lambda s: krylov(s).forgotten(ritz(s)[2])},
+    L + "KrylovSubspace.start_afresh": {"": afresh},
+    L + "KrylovSubspace.random_direction": {"": lambda s: krylov(s).random_direction()},
 }
 """Ways to use each public function, method and property, by `room.function` or `room.Class.member`."""
 
@@ -368,7 +368,7 @@ def _members(public: type) -> Iterator[str]:
                 continue
             if not name.startswith("_") or name in _OPERATORS:
                 taken.add(name)
-                yield f"{owner.__name__}.{name}"
+                yield f"{public.__name__}.{name}"
 
 
 def test_every_public_name_has_a_use() -> None:
