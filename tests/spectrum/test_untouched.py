@@ -65,8 +65,12 @@ class Subject:
         return [self.model.get_buffer("first"), self.model.get_buffer("second")]
 
     def vector(self) -> Tensor:
-        """A parameter of the model itself, as long as `op` is wide, to see that it is not written to."""
+        """A buffer of the model itself, as long as `op` is wide, to see that it is not written to."""
         return self.model.get_buffer("vector")
+
+    def parts(self) -> list[Tensor]:
+        """The parameters themselves, to see the same."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
 
 def make_subject() -> Subject:
@@ -146,6 +150,10 @@ def columns(operator: Any, count: int = 2) -> Tensor:
     return torch.ones(operator.shape[0], count, dtype=operator.dtype)
 
 
+def refused_product(operator: Any, subject: Subject) -> None:
+    fails(lambda: operator @ subject.vector()[:3], ValueError)
+
+
 def axes() -> Any:
     pytest.importorskip("matplotlib")
     from matplotlib.figure import Figure
@@ -187,7 +195,24 @@ def afresh(subject: Subject) -> object:
 
 
 Use = Callable[[Subject], object]
-H, S, L = "operators.CurvatureOperator.", "spectrum.", "linalg."
+S, L = "spectrum.", "linalg."
+
+# The operators of each class, and a use of each of their members.
+OPERATORS: dict[str, Callable[[Subject], Any]] = {"CurvatureOperator": lambda s: s.op}
+MEMBERS: dict[str, Callable[[Any, Subject], object]] = {
+    "__matmul__": lambda op, s: [op @ s.vector(), op @ columns(op, 5), op @ s.parts(), refused_product(op, s)],
+    "shape": lambda op, s: op.shape,
+    "dtype": lambda op, s: op.dtype,
+    "device": lambda op, s: op.device,
+    "blocks": lambda op, s: [
+        block.to_dense() for block in [*op.blocks().values(), op.blocks({"ends": ["0", "9"]})["ends"]]
+    ],
+    "entries_of": lambda op, s: op.entries_of(op.blocks()["9"]),
+    "to_dense": lambda op, s: op.to_dense(),
+    "to_scipy": lambda op, s: op.to_scipy() @ np.ones(op.shape[0]),
+    "release": lambda op, s: (op @ s.vector(), op.release()),
+    "__repr__": lambda op, s: repr(op),
+}
 
 USES: dict[str, dict[str, Use]] = {
     "operators.hessian": {
@@ -206,24 +231,6 @@ USES: dict[str, dict[str, Use]] = {
         kind: lambda s, kind=kind: operators.fisher(s.model, "categorical", s.loader, kind=kind).to_dense()  # type: ignore[misc]
         for kind in ("mc", "exact", "empirical")
     },
-    H + "__matmul__": {
-        "vector": lambda s: s.op @ s.vector(),
-        "columns": lambda s: s.op @ columns(s.op, 5),
-        "parameters": lambda s: s.op @ [p.detach() for p in s.model.parameters() if p.requires_grad],
-        "refused": lambda s: fails(lambda: s.op @ s.vector()[:3], ValueError),
-    },
-    H + "shape": {"": lambda s: s.op.shape},
-    H + "dtype": {"": lambda s: s.op.dtype},
-    H + "device": {"": lambda s: s.op.device},
-    H + "blocks": {
-        "layers": lambda s: [block.to_dense() for block in s.op.blocks().values()],
-        "groups": lambda s: s.op.blocks({"ends": ["0", "9.bias"]})["ends"].to_dense(),
-    },
-    H + "entries_of": {"": lambda s: (lambda op: op.entries_of(op.blocks()["9"]))(s.op)},
-    H + "to_dense": {"": lambda s: s.op.to_dense()},
-    H + "to_scipy": {"": lambda s: (lambda op: op.to_scipy() @ np.ones(op.shape[0]))(s.op)},
-    H + "release": {"": lambda s: (lambda op: (op @ s.vector(), op.release()))(s.op)},
-    H + "__repr__": {"": lambda s: repr(s.op)},
     S + "eigsh": {
         **{
             method: lambda s, m=method: spectrum.eigsh(s.op, 2, method=m, tol=1e-3)  # type: ignore[misc]
@@ -315,6 +322,10 @@ USES: dict[str, dict[str, Use]] = {
     L + "KrylovSubspace.random_direction": {"": lambda s: krylov(s).random_direction()},
 }
 """Ways to use each public function, method and property, by `room.function` or `room.Class.member`."""
+
+for _name, _make in OPERATORS.items():
+    for _member, _use in MEMBERS.items():
+        USES[f"operators.{_name}.{_member}"] = {"": lambda s, make=_make, use=_use: use(make(s), s)}  # type: ignore[misc]
 
 _OPERATORS = (
     "__matmul__",
