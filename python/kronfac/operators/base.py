@@ -67,7 +67,7 @@ class Engine(ABC):
         self.chosen, self.layout = select_parameters(self.model, params, caller)
         self._reduction = reduction
         self._program = Program(self.model, loss_fn, caller)
-        generators = {id(found): found for found in _generators(data)}
+        generators = {id(found): found for found in generators_of(data)}
         self._streams = RandomStreams(accelerator_devices(self.model), tuple(generators.values()))
         with preserved_streams(self._streams):
             self._source = DataSource(data, batch_size, caller)
@@ -385,7 +385,7 @@ class CurvatureOperator:
         return torch.cat([part.detach().reshape(-1).to(self.device, self.dtype) for part in parts])
 
 
-def _generators(data: Any) -> Iterator[torch.Generator]:
+def generators_of(data: Any) -> Iterator[torch.Generator]:
     """Generators that a loader and its samplers draw from."""
     for owner in (data, getattr(data, "sampler", None), getattr(data, "batch_sampler", None)):
         generator = getattr(owner, "generator", None)

@@ -90,6 +90,19 @@ class DataSource:
         if count != len(expected):
             self._refuse_changed(count)
 
+    def digest(self) -> str:
+        """A hash of the content of all batches in order, the same in another process.
+
+        Raises:
+            ValueError: the data differ from those of the first pass.
+        """
+        digest = hashlib.blake2b(digest_size=16)
+        for _, batch in self.batches():
+            for leaf in leaves((batch.inputs, batch.targets)):
+                digest.update(_summary(leaf) + b";")
+            digest.update(f"{batch.size!r}\n".encode())
+        return digest.hexdigest()
+
     def check_unchanged(self) -> None:
         """Check that batches in memory were not modified in place since the first pass (cheap; nothing for a loader).
 

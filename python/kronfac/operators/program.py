@@ -73,8 +73,8 @@ class Program(nn.Module):
         self._accelerators = accelerator_devices(model)
         self._graph_checked = False
 
-    def evaluate(self, batch: Batch, chosen: Mapping[str, Tensor]) -> LossEvaluation:
-        """Run forward and loss with fresh leaves for the chosen parameters.
+    def evaluate(self, batch: Batch, chosen: Mapping[str, Tensor], *, twice: bool = True) -> LossEvaluation:
+        """Run forward and loss with fresh leaves for the chosen parameters; `twice`: to be differentiated twice.
 
         Raises:
             ValueError, TypeError: the loss is no finite differentiable scalar, draws random numbers, or uses parameters
@@ -84,8 +84,22 @@ class Program(nn.Module):
         before = RandomStreams(self._accelerators)
         loss = functional_call(self, values, (batch, False), tie_weights=True)
         self._check_loss(loss, before)
-        self._check_graph([loss], chosen)
+        self._check_graph([loss], chosen, twice=twice)
         return LossEvaluation(loss.reshape(()), leaves)
+
+    def value(self, batch: Batch, shifted: Mapping[str, Tensor]) -> float:
+        """The loss with other values for some parameters, without a graph; it may be infinite or NaN.
+
+        Raises:
+            ValueError, TypeError: it is no real scalar, or draws random numbers.
+        """
+        values = {f"model.{name}": shifted.get(name, p.detach()) for name, p in self.model.named_parameters()}
+        values.update((name, buffer.clone()) for name, buffer in self.named_buffers())
+        before = RandomStreams(self._accelerators)
+        with torch.no_grad():
+            loss = functional_call(self, values, (batch, False), tie_weights=True)
+        self._check_scalar(loss, before)
+        return float(loss)
 
     def evaluate_split(self, batch: Batch, chosen: Mapping[str, Tensor]) -> SplitEvaluation:
         """The same with the graph cut at the model's output.
@@ -142,6 +156,13 @@ class Program(nn.Module):
         return [leaves[name] for name in chosen], values
 
     def _check_loss(self, loss: Any, before: RandomStreams) -> None:
+        self._check_scalar(loss, before)
+        if not torch.isfinite(loss):
+            raise ValueError(
+                f"{self.caller}: loss_fn: the loss is {loss.item()}; check data and parameters for NaN or infinity"
+            )
+
+    def _check_scalar(self, loss: Any, before: RandomStreams) -> None:
         if before.moved():
             raise ValueError(
                 f"{self.caller}: model, loss_fn: random numbers were drawn although the model is in eval mode, so that "
@@ -155,12 +176,8 @@ class Program(nn.Module):
             )
         if not loss.dtype.is_floating_point:
             raise TypeError(f"{self.caller}: loss_fn: expected a real floating-point loss, got {loss.dtype}")
-        if not torch.isfinite(loss):
-            raise ValueError(
-                f"{self.caller}: loss_fn: the loss is {loss.item()}; check data and parameters for NaN or infinity"
-            )
 
-    def _check_graph(self, roots: Sequence[Tensor], chosen: Mapping[str, Tensor]) -> None:
+    def _check_graph(self, roots: Sequence[Tensor], chosen: Mapping[str, Tensor], *, twice: bool = True) -> None:
         """Look through the graph of the first batch for what would silently be left out of the second derivative."""
         if self._graph_checked:
             return
@@ -172,8 +189,9 @@ class Program(nn.Module):
                 "beforehand, a closure), which would be left out of the derivative; take them from the model's "
                 "attributes or model.parameters() when called"
             )
-        refuse_once_differentiable(nodes, self.caller)
-        self._graph_checked = True
+        if twice:
+            refuse_once_differentiable(nodes, self.caller)
+        self._graph_checked = twice
 
 
 @contextmanager
