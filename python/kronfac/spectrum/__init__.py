@@ -1,11 +1,14 @@
-"""Eigenvalues, trace and density of symmetric operators, with the error of each estimate."""
+"""Eigenvalues, trace and density of symmetric operators, with the error of each estimate, and loss landscapes."""
 
 from __future__ import annotations
 
 from kronfac.spectrum.block_traces import block_traces as block_traces
 from kronfac.spectrum.density import density as density
 from kronfac.spectrum.diagonal import diagonal as diagonal
+from kronfac.spectrum.directions import random_directions as random_directions
 from kronfac.spectrum.eigsh import eigsh as eigsh
+from kronfac.spectrum.landscape import landscape as landscape
+from kronfac.spectrum.landscape_result import LandscapeResult as LandscapeResult
 from kronfac.spectrum.results import BlockTraceResult as BlockTraceResult
 from kronfac.spectrum.results import DensityResult as DensityResult
 from kronfac.spectrum.results import DiagonalResult as DiagonalResult
