@@ -103,7 +103,7 @@ def landscape(
     record = ResumeFile(
         checkpoint,
         "kronfac landscape",
-        {} if checkpoint is None else _settings(model, losses, rows, axes, reduction),
+        {} if checkpoint is None else _settings(surface.model, losses, rows, axes, reduction),
         _CALLER,
     )
     values: dict[str, Float64Array] = {name: np.full(len(coordinates), np.nan) for name in losses}
