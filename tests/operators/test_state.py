@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
 
 import kronfac
 from kronfac.operators import ggn, hessian
-from kronfac.spectrum import block_traces, density, diagonal, eigsh, trace
+from kronfac.spectrum import block_densities, block_traces, density, diagonal, eigsh, trace
 from tests.operators.cases import Case, dense_hessian, make_case, relative_error
 from tests.operators.state import snapshot, unchanged
 
@@ -48,6 +48,8 @@ USES: dict[str, Callable[[Any], Any]] = {
     "block_traces": lambda op: block_traces(op, probes=2),
     "block_traces restricted": lambda op: block_traces(op, probes=2, restricted=True),
     "density": lambda op: density(op, probes=2, steps=5),
+    "density log": lambda op: density(op, axis="log", probes=2, steps=5, checks=2),
+    "block_densities": lambda op: block_densities(op, probes=2, steps=3),
 }
 
 

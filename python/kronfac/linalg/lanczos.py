@@ -125,10 +125,17 @@ def check_symmetric(operator: CheckedOperator, expected: Float64Array, measured:
 
 @dataclass(frozen=True, eq=False)
 class Quadrature:
-    """Gauss quadrature of the spectral measure of one start vector: nodes θ and weights τ² with Στ² = 1."""
+    """Gauss quadrature of the spectral measure of one start vector.
+
+    Attributes:
+        nodes: Ritz values θ, ascending.
+        weights: τ², with Στ² = 1.
+        residuals: norms of the Ritz pairs' residuals: an eigenvalue lies within that of each node.
+    """
 
     nodes: Float64Array
     weights: Float64Array
+    residuals: Float64Array
 
 
 def lanczos_quadratures(
@@ -136,6 +143,7 @@ def lanczos_quadratures(
     starts: Tensor,
     steps: int,
     report: Callable[[int], None] | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> tuple[list[Quadrature], int]:
     """Run Lanczos from several start vectors in lockstep, so that every product serves all of them.
 
@@ -144,6 +152,7 @@ def lanczos_quadratures(
         starts: start vectors as columns (n, g), of any non-zero length.
         steps: m, at most n; a start whose Krylov space is exhausted earlier stops there (its quadrature is then exact).
         report: called with the products spent so far after each step.
+        stop: asked after each step whether to end with those taken so far.
 
     Returns:
         One quadrature per start, from the eigenpairs (θ, y) of its tridiagonal T: nodes θ, weights (e₁ᵀy)² (Golub &
@@ -188,7 +197,7 @@ def lanczos_quadratures(
             survivors.append(probe)
             columns.append(vector)
         active = survivors
-        if not active:
+        if not active or (stop is not None and stop()):
             break
         current = torch.stack(columns, dim=1)
     quadratures = []
@@ -197,5 +206,6 @@ def lanczos_quadratures(
         offdiagonal = betas[probe, : length - 1]
         tridiagonal = np.diag(diagonals[probe, :length]) + np.diag(offdiagonal, 1) + np.diag(offdiagonal, -1)
         nodes, vectors = np.linalg.eigh(tridiagonal)
-        quadratures.append(Quadrature(nodes, vectors[0] ** 2))
+        residuals = np.abs(betas[probe, length - 1] * vectors[-1])
+        quadratures.append(Quadrature(nodes, vectors[0] ** 2, residuals))
     return quadratures, products

@@ -219,6 +219,34 @@ class BlockTraceResult:
         return self.trace / self.size
 
 
+@dataclass(frozen=True)
+class DensityChecks:
+    """Trace and Frobenius norm estimated apart from a density, with other probes, to compare with what it implies.
+
+    Attributes:
+        trace: the mean of zᵀAz over these probes.
+        trace_stderr: its standard error.
+        squared_frobenius: the mean of ‖Az‖².
+        squared_frobenius_stderr: its standard error.
+        trace_score: the difference of the implied trace from this one, in standard errors of the difference.
+        squared_frobenius_score: the same for the squared Frobenius norm.
+        products: products with single vectors that were spent.
+    """
+
+    trace: float
+    trace_stderr: float
+    squared_frobenius: float
+    squared_frobenius_stderr: float
+    trace_score: float
+    squared_frobenius_score: float
+    products: int
+
+    @property
+    def agree(self) -> bool:
+        """Whether both lie within 4 standard errors: by chance alone, few in a thousand do not."""
+        return abs(self.trace_score) <= 4.0 and abs(self.squared_frobenius_score) <= 4.0
+
+
 @dataclass(frozen=True, eq=False)
 class DensityResult:
     """A spectral density estimated by stochastic Lanczos quadrature.
@@ -234,6 +262,10 @@ class DensityResult:
         squared_frobenius: the squared Frobenius norm they imply, n Σ wθ².
         squared_frobenius_stderr: its standard error over the probes.
         products: products with single vectors that were spent.
+        residuals: of the nodes' Ritz pairs: an eigenvalue lies within that of each node.
+        checks: independent estimates of trace and Frobenius norm, where they were asked for.
+        interrupted: a KeyboardInterrupt ended the work: fewer steps or probes than asked for. Standard errors are
+            infinite where only one probe was done.
     """
 
     grid: Tensor
@@ -246,6 +278,9 @@ class DensityResult:
     squared_frobenius: float
     squared_frobenius_stderr: float
     products: int
+    residuals: Tensor | None = None
+    checks: DensityChecks | None = None
+    interrupted: bool = False
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw the density on a logarithmic axis, where single eigenvalues far from the bulk still show.
