@@ -13,12 +13,13 @@ _SECONDS = 5.0  # between lines
 
 
 @contextmanager
-def shown(progress: Progress | bool | None, caller: str) -> Iterator[Progress | None]:
+def shown(progress: Progress | bool | None, caller: str, unit: str = "product") -> Iterator[Progress | None]:
     """What a function calls with the products done and those in all.
 
     Args:
         progress: a function, which is passed on; True for a bar; False or None for nothing.
         caller: the public function that error messages and the bar name.
+        unit: what is counted.
 
     Yields:
         A function or None. At the end of the block the bar is closed.
@@ -29,7 +30,7 @@ def shown(progress: Progress | bool | None, caller: str) -> Iterator[Progress | 
     if progress is None or progress is False:
         yield None
     elif progress is True:
-        with _bar(caller.rpartition(".")[2]) as report:
+        with _bar(caller.rpartition(".")[2], unit) as report:
             yield report
     elif callable(progress):
         yield progress
@@ -41,17 +42,17 @@ def shown(progress: Progress | bool | None, caller: str) -> Iterator[Progress | 
 
 
 @contextmanager
-def _bar(label: str) -> Iterator[Progress]:
+def _bar(label: str, unit: str) -> Iterator[Progress]:
     try:
         from tqdm import tqdm
     except ModuleNotFoundError:
-        lines = _Lines(label)
+        lines = _Lines(label, unit)
         try:
             yield lines
         finally:
             lines.close()
         return
-    with tqdm(desc=label, unit="product", file=sys.stderr, mininterval=0.3, dynamic_ncols=True) as bar:
+    with tqdm(desc=label, unit=unit, file=sys.stderr, mininterval=0.3, dynamic_ncols=True) as bar:
 
         def report(done: int, total: int | None) -> None:
             bar.total = total
@@ -63,8 +64,9 @@ def _bar(label: str) -> Iterator[Progress]:
 class _Lines:
     """A line every few seconds and one at the end."""
 
-    def __init__(self, label: str) -> None:
+    def __init__(self, label: str, unit: str) -> None:
         self._label = label
+        self._unit = unit
         self._start = self._shown = time.monotonic()
         self._latest: tuple[int, int | None] | None = None
 
@@ -82,5 +84,5 @@ class _Lines:
         assert self._latest is not None
         done, total = self._latest
         self._shown, self._latest = time.monotonic(), None
-        count = f"{done} products" if total is None else f"{done} of {total} products"
+        count = f"{done} {self._unit}s" if total is None else f"{done} of {total} {self._unit}s"
         print(f"{self._label}: {count}, {self._shown - self._start:.0f} s", file=sys.stderr, flush=True)

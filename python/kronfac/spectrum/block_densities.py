@@ -14,6 +14,7 @@ from kronfac.linalg.symmetric import check_operator
 from kronfac.operators import CurvatureOperator
 from kronfac.spectrum._interrupt import interruptible
 from kronfac.spectrum._options import Progress
+from kronfac.spectrum._progress import shown
 from kronfac.spectrum.density import estimate
 from kronfac.spectrum.log_density import LogDensityResult
 from kronfac.spectrum.results import DensityResult
@@ -111,7 +112,7 @@ def block_densities(
     threshold: float | None = None,
     checks: int = 0,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> BlockDensityResult:
     """Estimate the eigenvalue density of each diagonal block of a curvature matrix: of every layer, for instance.
 
@@ -129,7 +130,8 @@ def block_densities(
         threshold: on the logarithmic axis: what is smaller in magnitude counts as zero.
         checks: further probes per block for independent estimates of its trace and Frobenius norm.
         seed: of the probes, the same for every block.
-        progress: called as progress(products, products in all).
+        progress: called as progress(products, products in all), the first fewer at the end where a Krylov space was
+            exhausted; True for a progress bar.
 
     Returns:
         The densities by block name. An interrupt (Ctrl-C) ends the work with those that were reached.
@@ -147,14 +149,14 @@ def block_densities(
     total = 0
     if isinstance(probes, int) and isinstance(steps, int) and isinstance(checks, int):  # else they are refused below
         total = sum(probes * min(steps, size) + checks for size in expected.values())
-    with interruptible() as stop:
+    with interruptible() as stop, shown(progress, _CALLER) as tell:
         for name, operator in operators.items():
             if stop.stops(len(found)):
                 break
 
             def report(done: int, _: int | None, spent: int = spent) -> None:
-                if progress is not None:
-                    progress(spent + done, total)
+                if tell is not None:
+                    tell(spent + done, total)
 
             found[name] = estimate(
                 operator,

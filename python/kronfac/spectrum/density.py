@@ -16,6 +16,7 @@ from kronfac.linalg.probes import draw_probes, make_generator, standard_error
 from kronfac.linalg.symmetric import CheckedOperator, SymmetricOperator, check_operator
 from kronfac.spectrum._interrupt import Interrupt, interruptible
 from kronfac.spectrum._options import BASIS_BYTES, Progress, check_choice, check_count, check_positive
+from kronfac.spectrum._progress import shown
 from kronfac.spectrum.log_density import LogDensityResult, broaden, on_log_axis
 from kronfac.spectrum.results import DensityChecks, DensityResult
 
@@ -40,7 +41,7 @@ def density(
     threshold: None = None,
     checks: int = 0,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> DensityResult: ...
 
 
@@ -56,7 +57,7 @@ def density(
     threshold: float | None = None,
     checks: int = 0,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> LogDensityResult: ...
 
 
@@ -71,7 +72,7 @@ def density(
     threshold: float | None = None,
     checks: int = 0,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> DensityResult | LogDensityResult:
     """Estimate the eigenvalue density φ(t) = (1/n) Σ_i δ(t - λ_i), broadened by a Gaussian.
 
@@ -95,7 +96,7 @@ def density(
         checks: number of further probes for estimates of trace and Frobenius norm that are independent of the density:
             `checks` of the result compares them with what it implies. One product each; 0, or at least 2.
         seed: of the probes; equal seeds give equal results.
-        progress: called as progress(products, probes * steps + checks).
+        progress: called as progress(products, probes * steps + checks); True for a progress bar.
 
     Returns:
         The density, its nodes and weights, and the trace and squared Frobenius norm that they imply, with standard
@@ -107,18 +108,20 @@ def density(
         ValueError: `op` is not square or not symmetric, an option is out of range, or a product is not finite.
     """
     caller = "kronfac.spectrum.density"
-    return estimate(
-        check_operator(op, caller),
-        probes=probes,
-        steps=steps,
-        axis=axis,
-        sigma=sigma,
-        grid=grid,
-        threshold=threshold,
-        checks=checks,
-        seed=seed,
-        progress=progress,
-    )
+    operator = check_operator(op, caller)
+    with shown(progress, caller) as report:
+        return estimate(
+            operator,
+            probes=probes,
+            steps=steps,
+            axis=axis,
+            sigma=sigma,
+            grid=grid,
+            threshold=threshold,
+            checks=checks,
+            seed=seed,
+            progress=report,
+        )
 
 
 def estimate(

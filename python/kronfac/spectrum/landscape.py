@@ -20,6 +20,7 @@ from kronfac.operators.mean_loss import MeanLoss, model_digest
 from kronfac.operators.program import LossFunction
 from kronfac.spectrum._interrupt import interruptible
 from kronfac.spectrum._options import Progress, check_count, check_positive
+from kronfac.spectrum._progress import shown
 from kronfac.spectrum._resume import ResumeFile, decode, encode
 from kronfac.spectrum.directions import read_directions
 from kronfac.spectrum.landscape_result import LandscapeResult
@@ -46,7 +47,7 @@ def landscape(
     batch_size: BatchSize | None = None,
     curvature: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> LandscapeResult:
     """Evaluate the loss at θ + a d₁, or θ + a d₁ + b d₂, on a grid of coordinates around the model's parameters θ.
 
@@ -77,7 +78,7 @@ def landscape(
         checkpoint: a file that keeps what is done. Where it exists it is taken up, and the result is bit for bit that
             of a run without interruption; but only if model, data, directions, grid and options are the same, and the
             loss at θ, which is computed again, too. It is written every few seconds, and at the end of any kind.
-        progress: called as progress(points done, points in all).
+        progress: called as progress(points done, points in all); True for a progress bar.
 
     Returns:
         The losses by data set. Points where the loss overflows hold infinity or NaN. An interrupt (Ctrl-C) ends the
@@ -109,7 +110,7 @@ def landscape(
     values: dict[str, Float64Array] = {name: np.full(len(coordinates), np.nan) for name in losses}
     evaluated = np.zeros(len(coordinates), dtype=bool)
     evaluations = 0
-    with interruptible() as stop:
+    with interruptible() as stop, shown(progress, _CALLER, "point") as report:
         try:
             centre = {name: one.value() for name, one in losses.items()}
             evaluations += len(losses)
@@ -132,8 +133,8 @@ def landscape(
                 for name in losses:
                     values[name][index] = decode(found[name])
                 evaluated[index] = True
-                if progress is not None:
-                    progress(done, len(coordinates))
+                if report is not None:
+                    report(done, len(coordinates))
         finally:
             record.write()
     shape = tuple(len(axis) for axis in axes)
