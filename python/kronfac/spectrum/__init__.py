@@ -18,4 +18,6 @@ from kronfac.spectrum.results import DensityResult as DensityResult
 from kronfac.spectrum.results import DiagonalResult as DiagonalResult
 from kronfac.spectrum.results import EigenResult as EigenResult
 from kronfac.spectrum.results import TraceResult as TraceResult
+from kronfac.spectrum.through_training import through_training as through_training
 from kronfac.spectrum.trace import trace as trace
+from kronfac.spectrum.training_result import TrainingSpectrumResult as TrainingSpectrumResult
