@@ -194,6 +194,17 @@ def afresh(subject: Subject) -> object:
     return grown(subspace)
 
 
+def along(subject: Subject, **options: Any) -> spectrum.LandscapeResult:
+    return spectrum.landscape(
+        subject.model, functional.cross_entropy, subject.batch, subject.vector(), points=9, **options
+    )
+
+
+def through(subject: Subject, **options: Any) -> spectrum.TrainingSpectrumResult:
+    states = [subject.model.state_dict()] * 2
+    return spectrum.through_training(subject.model, states, functional.cross_entropy, subject.batch, **options)
+
+
 Use = Callable[[Subject], object]
 S, L = "spectrum.", "linalg."
 
@@ -269,6 +280,38 @@ USES: dict[str, dict[str, Use]] = {
     S + "density": {
         "": lambda s: spectrum.density(s.ggn, probes=2, steps=5),
         "batch": lambda s: spectrum.density(s.op, probes=2, steps=5, grid=torch.linspace(-9, 9, 50)),
+        "log": lambda s: spectrum.density(s.ggn, axis="log", probes=2, steps=5, checks=2, progress=True),
+        "interrupted": lambda s: spectrum.density(s.op, probes=2, steps=8, progress=press),
+    },
+    S + "block_densities": {
+        "": lambda s: spectrum.block_densities(s.ggn, probes=2, steps=3, checks=2),
+        "log": lambda s: spectrum.block_densities(s.op, {"ends": ["0", "9"]}, probes=2, steps=3, axis="log"),
+        "interrupted": lambda s: spectrum.block_densities(s.op, probes=2, steps=6, progress=press),
+    },
+    S + "random_directions": {
+        "": lambda s: spectrum.random_directions(s.model),
+        "plain": lambda s: spectrum.random_directions(s.model, 1, filter_normalised=False),
+    },
+    S + "landscape": {
+        "line": lambda s: spectrum.landscape(s.model, functional.cross_entropy, s.loader, s.vector(), points=3),
+        "plane": lambda s: spectrum.landscape(
+            s.model,
+            functional.cross_entropy,
+            {"train": s.batch, "test": s.loader},
+            spectrum.random_directions(s.model),
+            points=3,
+            curvature=True,
+            progress=True,
+        ),
+        "interrupted": lambda s: along(s, progress=press),
+        "refused": lambda s: fails(lambda: along(s, radius=-1.0), ValueError),
+    },
+    S + "through_training": {
+        "": lambda s: through(s, trace_probes=2),
+        "loader": lambda s: spectrum.through_training(
+            s.model, {3: s.model.state_dict()}, functional.cross_entropy, s.loader, operator="ggn", progress=True
+        ),
+        "refused": lambda s: fails(lambda: through(s, k=10_000), ValueError),
     },
     S + "EigenResult.plot": {"": lambda s: spectrum.eigsh(s.op, 3).plot(axes())},
     S + "EigenResult.status": {"": lambda s: spectrum.eigsh(s.op, 3).status},
@@ -276,6 +319,17 @@ USES: dict[str, dict[str, Use]] = {
     S + "TraceResult.plot": {"": lambda s: spectrum.trace(s.op, probes=4).plot(axes())},
     S + "DiagonalResult.plot": {"": lambda s: spectrum.diagonal(s.op, probes=4).plot(axes())},
     S + "BlockTraceResult.mean_eigenvalue": {"": lambda s: spectrum.block_traces(s.op, probes=2)["9"].mean_eigenvalue},
+    S + "DensityChecks.agree": {"": lambda s: spectrum.density(s.op, probes=2, steps=3, checks=2).checks.agree},  # type: ignore[union-attr]
+    S + "LogDensityResult.plot": {"": lambda s: spectrum.density(s.op, axis="log", steps=5).plot(axes())},
+    S + "LogDensityResult.products": {"": lambda s: spectrum.density(s.op, axis="log", steps=2).products},
+    S + "LogDensityResult.interrupted": {"": lambda s: spectrum.density(s.op, axis="log", steps=2).interrupted},
+    S + "BlockDensityResult.plot": {"": lambda s: spectrum.block_densities(s.op, steps=3).plot(axes())},
+    S + "BlockDensityResult.__getitem__": {"": lambda s: spectrum.block_densities(s.op, steps=2)["9"]},
+    S + "BlockDensityResult.__iter__": {"": lambda s: list(spectrum.block_densities(s.op, steps=2))},
+    S + "BlockDensityResult.__len__": {"": lambda s: len(spectrum.block_densities(s.op, steps=2))},
+    S + "LandscapeResult.plot": {"": lambda s: along(s).plot(axes())},
+    S + "TrainingSpectrumResult.plot": {"": lambda s: through(s).plot(axes())},
+    S + "TrainingSpectrumResult.rows": {"": lambda s: through(s).rows()},
     S + "DensityResult.plot": {"": lambda s: spectrum.density(s.op, probes=2, steps=5).plot(axes())},
     L + "cg": {
         "": lambda s: linalg.cg(s.ggn, s.vector(), shift=0.1, x0=s.vector()),
