@@ -40,6 +40,7 @@ def _settings() -> list[Any]:
         torch.backends.cuda.mem_efficient_sdp_enabled(),
         torch.backends.cudnn.enabled,
         torch.are_deterministic_algorithms_enabled(),
+        torch.backends.mha.get_fastpath_enabled(),
     ]
 
 

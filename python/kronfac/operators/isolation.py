@@ -117,6 +117,7 @@ def evaluation_mode(*modules: nn.Module) -> Iterator[None]:
 @contextmanager
 def differentiable_twice(model: nn.Module) -> Iterator[None]:
     """Gradients on, autocast off, and only kernels that can be differentiated twice."""
+    fast_attention = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
@@ -127,6 +128,10 @@ def differentiable_twice(model: nn.Module) -> Iterator[None]:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))  # cuDNN's recurrent kernels have none either
+        # A TransformerEncoder asks its first layer alone whether gradients are wanted, and hands the others nested
+        # tensors, which have none.
+        stack.callback(torch.backends.mha.set_fastpath_enabled, fast_attention)
+        torch.backends.mha.set_fastpath_enabled(False)
         yield
 
 
