@@ -29,12 +29,14 @@ class Batch:
         targets: whatever the loss takes as its second argument.
         size: number of examples.
         number: of the batch in a pass.
+        part: of the chunk within a batch that was cut.
     """
 
     inputs: Any
     targets: Any
     size: float
     number: int
+    part: int = 0
 
 
 class DataSource:
@@ -44,17 +46,19 @@ class DataSource:
         data: a batch (inputs, targets), a list of batches, or a re-iterable such as a DataLoader that does not shuffle.
         batch_size: how many examples a batch counts for (default: the leading dimension of its first input).
         caller: the public function that error messages name.
+        empty: accept data without examples (another process has them).
 
     Attributes:
         fixed: the batches are held in memory, so that a graph built on them can be kept.
         single: there is exactly one batch.
         total: examples in all.
+        count: batches, with those that are empty.
 
     Raises:
         TypeError, ValueError: data of another form, a shuffling sampler, a one-shot iterator, no examples.
     """
 
-    def __init__(self, data: Any, batch_size: BatchSize | None, caller: str) -> None:
+    def __init__(self, data: Any, batch_size: BatchSize | None, caller: str, *, empty: bool = False) -> None:
         self.caller = caller
         self._batch_size = batch_size
         self._data, self.fixed = _normalise(data, caller)
@@ -64,12 +68,13 @@ class DataSource:
         sizes: list[float] = []
         fingerprints: list[Any] = []
         for inputs, targets in self._pairs():
-            sizes.append(self._size(inputs, targets))
+            sizes.append(self.size(inputs, targets))
             fingerprints.append(self._fingerprint(inputs, targets))
         self._fingerprints = fingerprints
         self.total = sum(sizes)
-        self.single = len(sizes) == 1
-        if self.total <= 0:
+        self.count = len(sizes)
+        self.single = self.count == 1
+        if self.total <= 0 and not empty:
             raise ValueError(f"{caller}: data: expected at least one example, got {len(sizes)} batches without any")
 
     def batches(self) -> Iterator[tuple[int, Batch]]:
@@ -84,7 +89,7 @@ class DataSource:
             if index >= len(expected) or self._fingerprint(inputs, targets) != expected[index]:
                 self._refuse_changed(index)
             count += 1
-            size = self._size(inputs, targets)
+            size = self.size(inputs, targets)
             if size > 0:
                 yield index, Batch(inputs, targets, size, index)
         if count != len(expected):
@@ -123,19 +128,24 @@ class DataSource:
                 )
             yield item[0], item[1]
 
-    def _size(self, inputs: Any, targets: Any) -> float:
+    def size(self, inputs: Any, targets: Any) -> float:
+        """How many examples a batch counts for.
+
+        Raises:
+            ValueError: that cannot be told, or `batch_size` gives no number of them.
+        """
         if self._batch_size is not None:
             size = float(self._batch_size(inputs, targets))
             if not np.isfinite(size) or size < 0:
                 raise ValueError(f"{self.caller}: batch_size: expected a finite number >= 0, got {size}")
             return size
-        first = next((leaf for leaf in leaves(inputs) if isinstance(leaf, Tensor | np.ndarray)), None)
-        if first is None or first.ndim == 0:
+        count = example_count(inputs)
+        if count is None:
             raise ValueError(
                 f"{self.caller}: data: cannot tell the number of examples of a batch: its inputs hold no tensor with a "
                 "leading dimension; pass batch_size=callable(inputs, targets)"
             )
-        return float(first.shape[0])
+        return float(count)
 
     def _fingerprint(self, inputs: Any, targets: Any) -> Any:
         if self.fixed:
@@ -159,6 +169,12 @@ class DataSource:
         )
 
 
+def example_count(inputs: Any) -> int | None:
+    """The leading dimension of the first tensor or array; None where there is none."""
+    first = next((leaf for leaf in leaves(inputs) if isinstance(leaf, Tensor | np.ndarray)), None)
+    return None if first is None or first.ndim == 0 else int(first.shape[0])
+
+
 def leaves(tree: Any) -> Iterator[Any]:
     """The leaves of nested tuples, lists and mappings, in order."""
     if isinstance(tree, Mapping):
@@ -172,17 +188,23 @@ def leaves(tree: Any) -> Iterator[Any]:
         yield tree
 
 
-def to_device(tree: Any, device: torch.device | None) -> Any:
-    """Move the tensors of nested tuples, lists and mappings; inference tensors become ones that autograd can save."""
+def to_device(tree: Any, device: torch.device | None, dtype: Callable[[Tensor], torch.dtype] | None = None) -> Any:
+    """Move the tensors of nested tuples, lists and mappings; inference tensors become ones that autograd can save.
+
+    Args:
+        tree: the tensors.
+        device: where to; None leaves them where they are.
+        dtype: gives the type to convert a tensor to.
+    """
     if isinstance(tree, Tensor):
-        moved = tree if device is None else tree.to(device)
+        moved = tree.to(device=device, dtype=None if dtype is None else dtype(tree))
         return moved.clone() if moved.is_inference() else moved
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*(to_device(value, device) for value in tree))
+        return type(tree)(*(to_device(value, device, dtype) for value in tree))
     if isinstance(tree, tuple | list):
-        return type(tree)(to_device(value, device) for value in tree)
+        return type(tree)(to_device(value, device, dtype) for value in tree)
     if isinstance(tree, Mapping):
-        moved_items = {key: to_device(value, device) for key, value in tree.items()}
+        moved_items = {key: to_device(value, device, dtype) for key, value in tree.items()}
         try:
             return type(tree)(moved_items)  # type: ignore[call-arg]
         except TypeError:

@@ -12,6 +12,7 @@ from kronfac.curvature import Likelihood, resolve_likelihood
 from kronfac.operators.base import BatchGraph, CurvatureOperator, Engine
 from kronfac.operators.data import Batch, BatchSize
 from kronfac.operators.ggn import pushforward_graph
+from kronfac.operators.options import EngineOptions
 from kronfac.operators.program import refuse_constant
 
 KINDS = ("mc", "exact", "empirical")
@@ -33,6 +34,11 @@ def fisher(
     reduction: str = "mean",
     batch_size: BatchSize | None = None,
     keep_graph: bool | None = None,
+    chunk_size: int | None = None,
+    memory_limit: int | None = None,
+    batch_norm: str = "running",
+    dtype: torch.dtype | None = None,
+    distributed: Any = True,
 ) -> CurvatureOperator:
     """The Fisher matrix (1/M) Σ_n E[∇log p(y|x_n) ∇log p(y|x_n)ᵀ], with respect to the chosen parameters.
 
@@ -40,7 +46,8 @@ def fisher(
     examples. "mc" draws y from the model's own distribution, "exact" takes the expectation, which makes it the
     generalised Gauss-Newton matrix of the loss (Martens, arXiv:1412.1193, section 9), and "empirical" takes the targets
     of the data, which is no Fisher matrix but is often called one. The draws depend on the seed and the number of the
-    batch alone, so that all products are of one matrix. The model is run and left as by `kronfac.operators.hessian`.
+    batch (and of the chunk, where batches are cut) alone, so that all products are of one matrix. The model is run and
+    left as by `kronfac.operators.hessian`.
 
     Args:
         model: the model.
@@ -56,6 +63,11 @@ def fisher(
         batch_size: as in `kronfac.operators.hessian`: what several batches are weighted by (with a mask: the number of
             terms that are left).
         keep_graph: as in `kronfac.operators.hessian`.
+        chunk_size: as in `kronfac.operators.hessian`.
+        memory_limit: as in `kronfac.operators.hessian`.
+        batch_norm: as in `kronfac.operators.hessian`.
+        dtype: as in `kronfac.operators.hessian`.
+        distributed: as in `kronfac.operators.hessian`.
 
     Returns:
         The operator, at the parameters the model has at each product.
@@ -83,9 +95,7 @@ def fisher(
         scores,
         data,
         params,
-        reduction=reduction,
-        batch_size=batch_size,
-        keep_graph=keep_graph,
+        EngineOptions(reduction, batch_size, keep_graph, chunk_size, memory_limit, batch_norm, dtype, distributed),
         caller=_CALLER,
     )
     return CurvatureOperator(engine, tuple(range(len(engine.chosen))))
@@ -98,7 +108,8 @@ class _Scores:
         self, likelihood: Likelihood, kind: str, samples: int, seed: int, output: Callable[[Any], Tensor] | None
     ) -> None:
         self.likelihood, self.kind, self.samples, self.seed, self.output = likelihood, kind, samples, seed, output
-        self.number = 0
+        self.stream = (0, 0)
+        self.comparing = False
         self.mask: Tensor | None = None
         self.z: list[Tensor] = []
         self.terms = 0.0
@@ -125,21 +136,34 @@ class _Scores:
             if u is None:
                 return torch.stack(self.z).sum()
             products = torch.where(u == 0, torch.zeros_like(logits), u.to(logits.dtype) * logits)
-            self.z.append(products.flatten(1).sum(1))
+            self.z.append(products.reshape(len(products), -1).sum(1))
 
     def _gradients(self, logits: Tensor, targets: Any, mask: Tensor | None) -> Iterator[Tensor]:
-        if self.kind == "exact":
+        if self.comparing:
+            yield self._comparable(logits, mask)
+        elif self.kind == "exact":
             yield from self.likelihood.exact_gradients(logits, mask)
         elif self.kind == "empirical":
             yield self.likelihood.target_gradients(logits, targets, mask)
         else:
             # A stream for every batch: a block, a rebuilt graph and a later pass draw the same.
-            generator = torch.Generator(logits.device).manual_seed((self.seed + self.number * _PRIME) % 2**63)
+            number, part = self.stream
+            seed = (self.seed + number * _PRIME + part * _SECOND_PRIME) % 2**63
+            generator = torch.Generator(logits.device).manual_seed(seed)
             for _ in range(self.samples):
                 yield self.likelihood.sample_gradients(logits, generator, mask)
 
+    def _comparable(self, logits: Tensor, mask: Tensor | None) -> Tensor:
+        """Stands for draws in a comparison: a matter of each example alone, with neither chance nor targets."""
+        entries = torch.arange(logits[0].numel(), dtype=logits.dtype, device=logits.device)
+        vector = torch.cos(entries).view(logits.shape[1:]).expand_as(logits)
+        # With a mask through the likelihood, which knows where it applies.
+        return vector if mask is None else self.likelihood.fisher_product(logits, vector, mask)
 
-_PRIME = 2_654_435_761  # keeps the streams of (seed, batch) apart from those of (seed + 1, batch - 1)
+
+# They keep the streams of (seed, batch, chunk) apart from those of (seed + 1, batch - 1, chunk) and the like.
+_PRIME = 2_654_435_761
+_SECOND_PRIME = 4_294_967_291
 
 
 class _FisherEngine(Engine):
@@ -149,12 +173,21 @@ class _FisherEngine(Engine):
 
     def build(self, batch: Batch, chosen: Mapping[str, Tensor]) -> BatchGraph:
         scores = self._scores
-        scores.number = batch.number
+        scores.stream = (batch.number, batch.part)
         scores.mask = None if self._mask is None else self._mask(batch.inputs, batch.targets)
         evaluation = self._program.evaluate(batch, chosen)
         z, scores.z = scores.z, []
         if len(chosen) == len(self.chosen):
             refuse_constant(evaluation.loss, self.caller)
-        count = (scores.samples if scores.kind == "mc" else 1) * (scores.terms if self._reduction == "mean" else 1.0)
+        draws = scores.samples if scores.kind == "mc" and not scores.comparing else 1
+        count = draws * (scores.terms if self._reduction == "mean" else 1.0)
         scale = 1.0 / count if count else 0.0  # a batch of which the mask leaves nothing
         return pushforward_graph(z, evaluation.leaves, lambda pushed: [part * scale for part in pushed])
+
+    def comparable(self, batch: Batch) -> BatchGraph:
+        """The matrix of each example's gradient at one fixed direction of its logits."""
+        self._scores.comparing = True
+        try:
+            return self.build(batch, self.chosen)
+        finally:
+            self._scores.comparing = False

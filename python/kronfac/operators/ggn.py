@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from kronfac.operators.base import BatchGraph, CurvatureOperator, Engine
 from kronfac.operators.data import Batch, BatchSize
+from kronfac.operators.options import EngineOptions
 from kronfac.operators.program import LossFunction, differentiate, refuse_constant
 
 
@@ -23,6 +24,11 @@ def ggn(
     reduction: str = "mean",
     batch_size: BatchSize | None = None,
     keep_graph: bool | None = None,
+    chunk_size: int | None = None,
+    memory_limit: int | None = None,
+    batch_norm: str = "running",
+    dtype: torch.dtype | None = None,
+    distributed: Any = True,
 ) -> CurvatureOperator:
     """The generalised Gauss-Newton matrix E[Jᵀ H_L J] over all the data, with respect to the chosen parameters.
 
@@ -40,6 +46,11 @@ def ggn(
         reduction: as in `kronfac.operators.hessian`.
         batch_size: as in `kronfac.operators.hessian`.
         keep_graph: as in `kronfac.operators.hessian`.
+        chunk_size: as in `kronfac.operators.hessian`.
+        memory_limit: as in `kronfac.operators.hessian`.
+        batch_norm: as in `kronfac.operators.hessian`.
+        dtype: as in `kronfac.operators.hessian`.
+        distributed: as in `kronfac.operators.hessian`.
 
     Returns:
         The operator, at the parameters the model has at each product.
@@ -54,9 +65,7 @@ def ggn(
         loss_fn,
         data,
         params,
-        reduction=reduction,
-        batch_size=batch_size,
-        keep_graph=keep_graph,
+        EngineOptions(reduction, batch_size, keep_graph, chunk_size, memory_limit, batch_norm, dtype, distributed),
         caller="kronfac.operators.ggn",
     )
     return CurvatureOperator(engine, tuple(range(len(engine.chosen))))

@@ -98,16 +98,20 @@ def preserved_streams(streams: RandomStreams) -> Iterator[None]:
 
 
 @contextmanager
-def evaluation_mode(*modules: nn.Module) -> Iterator[None]:
+def evaluation_mode(*modules: nn.Module, batch_norm: str = "running") -> Iterator[None]:
     """Eval mode for all submodules, then each one's own mode again.
 
     The flags are set directly: `train()` of a user's class may do more than that.
+
+    Args:
+        modules: with all their submodules.
+        batch_norm: "batch" leaves batch normalisation in train mode, which normalises by the batch's own statistics.
     """
     everything = [submodule for module in modules for submodule in module.modules()]
     modes = [submodule.training for submodule in everything]
     try:
         for submodule in everything:
-            submodule.training = False
+            submodule.training = batch_norm == "batch" and isinstance(submodule, _BatchNorm)
         yield
     finally:
         for submodule, mode in zip(everything, modes, strict=True):
@@ -135,16 +139,39 @@ def differentiable_twice(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def refuse_batch_statistics(model: nn.Module, caller: str) -> None:
-    """Refuse batch normalisation that has no running statistics: it couples the examples of a batch even in eval mode.
+def refuse_batch_statistics(model: nn.Module, batch_norm: str, caller: str) -> None:
+    """Refuse batch normalisation by the statistics of the batch: it couples the examples of a batch.
 
     Raises:
         ValueError: there is such a layer.
     """
     for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm) and module.running_mean is None:
+        if not isinstance(module, _BatchNorm):
+            continue
+        name = name or type(module).__name__
+        if batch_norm == "batch":
             raise ValueError(
-                f"{caller}: model: {name or type(module).__name__} normalises with the statistics of the batch even in "
+                f'{caller}: batch_norm: "batch" normalises {name} with the statistics of the batch, so that the result '
+                "would depend on how the data is cut into batches; pass all the data as one batch (inputs, targets) "
+                'that is neither cut nor shared between processes, or batch_norm="running"'
+            )
+        if module.running_mean is None:
+            raise ValueError(
+                f"{caller}: model: {name} normalises with the statistics of the batch even in "
                 "eval mode (track_running_stats=False), so that the result would depend on how the data is cut into "
                 "batches; pass all the data as one batch (inputs, targets), or use running statistics"
+            )
+
+
+def refuse_synchronised_statistics(model: nn.Module, caller: str) -> None:
+    """Refuse a layer that takes its statistics over all processes, for "batch": it has no second derivative.
+
+    Raises:
+        ValueError: there is such a layer.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.SyncBatchNorm):
+            raise ValueError(
+                f'{caller}: batch_norm: "batch" cannot be had of {name or "the model"}, a SyncBatchNorm, whose '
+                'statistics over all processes have no second derivative; use batch_norm="running"'
             )

@@ -18,6 +18,8 @@ from kronfac.operators.isolation import RandomStreams, accelerator_devices
 LossFunction = Callable[[Any, Any], Tensor]
 """Called as loss_fn(output, targets); returns a scalar."""
 
+_HALVES = (torch.bfloat16, torch.float16)
+
 _NOT_TWICE = ("derivative for", "differentiate twice", "not implemented", "does not support")
 
 
@@ -61,10 +63,14 @@ class Program(nn.Module):
         model: the model; a `torch.compile` wrapper is taken off (compiled graphs have no double backward).
         loss_fn: the loss.
         caller: the public function that error messages name.
+        dtype: what parameters, buffers, inputs and targets are converted to, those of floating point; None converts
+            the half-precision ones of a half-precision model to float32.
     """
 
-    def __init__(self, model: nn.Module, loss_fn: LossFunction, caller: str) -> None:
+    def __init__(self, model: nn.Module, loss_fn: LossFunction, caller: str, dtype: torch.dtype | None = None) -> None:
         super().__init__()
+        self._dtype = dtype
+        self._half = any(parameter.dtype in _HALVES for parameter in model.parameters())
         self.model = model
         self.loss_fn = loss_fn
         self.caller = caller
@@ -72,6 +78,14 @@ class Program(nn.Module):
         self._device = next(iter(devices)) if len(devices) == 1 else None
         self._accelerators = accelerator_devices(model)
         self._graph_checked = False
+
+    def compute_type(self, tensor: Tensor) -> torch.dtype:
+        """The type in which the program holds a tensor."""
+        if not tensor.is_floating_point():
+            return tensor.dtype
+        if self._dtype is not None:
+            return self._dtype
+        return torch.float32 if self._half and tensor.dtype in _HALVES else tensor.dtype
 
     def evaluate(self, batch: Batch, chosen: Mapping[str, Tensor], *, twice: bool = True) -> LossEvaluation:
         """Run forward and loss with fresh leaves for the chosen parameters; `twice`: to be differentiated twice.
@@ -122,7 +136,7 @@ class Program(nn.Module):
 
     def forward(self, batch: Batch, cut: bool) -> Any:
         """Called through `functional_call`, so that the loss too sees the stand-ins in model.parameters()."""
-        inputs, targets = to_device(batch.inputs, self._device), to_device(batch.targets, self._device)
+        inputs, targets = (to_device(tree, self._device, self.compute_type) for tree in (batch.inputs, batch.targets))
         if isinstance(inputs, Mapping):
             output = self.model(**inputs)
         elif isinstance(inputs, tuple | list):
@@ -147,13 +161,16 @@ class Program(nn.Module):
         return outputs, cuts, self.loss_fn(pytree.tree_unflatten(flat, structure), targets)
 
     def _stand_ins(self, chosen: Mapping[str, Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
-        leaves = {name: parameter.detach().requires_grad_() for name, parameter in chosen.items()}
+        leaves = {name: self._stand_in(parameter).requires_grad_() for name, parameter in chosen.items()}
         values: dict[str, Tensor] = {}
         for name, parameter in self.model.named_parameters():
-            values[f"model.{name}"] = leaves.get(name, parameter.detach())
+            values[f"model.{name}"] = leaves[name] if name in leaves else self._stand_in(parameter)
         for name, buffer in self.named_buffers():
-            values[name] = buffer.clone()
+            values[name] = buffer.to(self.compute_type(buffer), copy=True)
         return [leaves[name] for name in chosen], values
+
+    def _stand_in(self, parameter: Tensor) -> Tensor:
+        return parameter.detach().to(self.compute_type(parameter))
 
     def _check_loss(self, loss: Any, before: RandomStreams) -> None:
         self._check_scalar(loss, before)
