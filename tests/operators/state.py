@@ -44,6 +44,11 @@ def _settings() -> list[Any]:
     ]
 
 
+def _content(tensor: torch.Tensor) -> list[Any]:
+    """Shape and bits: NaN is the same as before though it is not equal to itself."""
+    return [tuple(tensor.shape), tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()]
+
+
 def snapshot(model: nn.Module, *generators: torch.Generator) -> dict[str, Any]:
     """All that counts, by value."""
     seen: dict[str, Any] = {"streams": _random_streams(generators), "settings": _settings()}
@@ -60,12 +65,12 @@ def snapshot(model: nn.Module, *generators: torch.Generator) -> dict[str, Any]:
             parameter.data_ptr(),
             parameter._version,
             parameter.requires_grad,
-            parameter.detach().clone().tolist(),
+            _content(parameter),
             list((parameter._backward_hooks or {}).items()),
-            None if grad is None else [id(grad), grad._version, grad.tolist()],
+            None if grad is None else [id(grad), grad._version, _content(grad)],
         ]
     for name, buffer in model.named_buffers(remove_duplicate=False):
-        seen[f"buffer {name}"] = [id(buffer), buffer.data_ptr(), buffer._version, buffer.tolist()]
+        seen[f"buffer {name}"] = [id(buffer), buffer.data_ptr(), buffer._version, _content(buffer)]
     return seen
 
 

@@ -98,7 +98,7 @@ class Engine(ABC):
         with preserved_streams(self._streams):
             self._source = DataSource(data, options.batch_size, caller, empty=self._ranks.size > 1)
         if not self._source.single or self._ranks.size > 1:
-            refuse_batch_statistics(self.model, options.batch_norm, caller)
+            refuse_batch_statistics(self.model, caller, options.batch_norm)
         if options.batch_norm == "batch":
             refuse_synchronised_statistics(self.model, caller)
         if options.keep_graph and not self._source.fixed:
@@ -167,10 +167,11 @@ class Engine(ABC):
                     layout.add_(row, graph.product(local, parts), weight)
         self._ranks.sum_(out)
         if not torch.isfinite(out).all() and torch.isfinite(rows).all():
-            raise ValueError(
-                f"{self.caller}: the product is not finite although the loss is: a second derivative is infinite "
-                "(a square root or norm at 0?) or overflows"
-            )
+            with self._isolated():
+                culprits = (self._program.culprit(piece) for piece in self._pieces())
+                infinite = "a second derivative is infinite (a square root or norm at 0?) or overflows"
+                why = next(filter(None, culprits), infinite)
+            raise ValueError(f"{self.caller}: the product is not finite although the loss is: {why}")
         return out
 
     def release(self) -> None:
@@ -211,7 +212,7 @@ class Engine(ABC):
             batch = replace(batch, number=self._first_number + batch.number)
             pieces = self._chunker.pieces(batch)
             if len(pieces) > 1 and not self._additive:
-                refuse_batch_statistics(self.model, self._options.batch_norm, self.caller)
+                refuse_batch_statistics(self.model, self.caller, self._options.batch_norm)
                 self._check_additive(batch)
                 self._additive = True
             yield from pieces
@@ -262,8 +263,15 @@ class Engine(ABC):
             return
         parameters = [parameter.detach() for parameter in self.model.parameters() if parameter.numel()]
         tensors = [*parameters, *self._program.buffers()]
-        # Norms besides version counters: writing through `.data` does not count a version.
-        norms = torch.stack([torch.linalg.vector_norm(tensor).to("cpu", torch.float64) for tensor in parameters])
+        # Norms besides version counters: writing through `.data` does not count a version. Of frozen parameters that of
+        # some entries, so that they cost nothing.
+        chosen = {id(parameter) for parameter in self.chosen.values()}
+        seen = [
+            parameter.detach() if parameter.requires_grad or id(parameter) in chosen else _some_entries(parameter)
+            for parameter in self.model.parameters()
+            if parameter.numel()
+        ]
+        norms = torch.stack([torch.linalg.vector_norm(tensor).to("cpu", torch.float64) for tensor in seen])
         state = ([(tensor.data_ptr(), tensor._version) for tensor in tensors], norms.tolist())
         if state != self._state:
             self._kept.clear()
@@ -496,6 +504,15 @@ class CurvatureOperator:
             if not part.dtype.is_floating_point:
                 raise TypeError(f"{where}: v: expected floating-point tensors, got {part.dtype}")
         return torch.cat([part.detach().reshape(-1).to(self.device, self.dtype) for part in parts])
+
+
+def _some_entries(parameter: Tensor) -> Tensor:
+    """A few thousand entries from all over a parameter."""
+    flat = parameter.detach()
+    if not flat.is_contiguous():
+        return flat
+    flat = flat.view(-1)
+    return flat[:: max(1, flat.numel() // 4096)]
 
 
 def generators_of(data: Any) -> Iterator[torch.Generator]:

@@ -37,7 +37,7 @@ def fisher(
     chunk_size: int | None = None,
     memory_limit: int | None = None,
     batch_norm: str = "running",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     distributed: Any = True,
 ) -> CurvatureOperator:
     """The Fisher matrix (1/M) Σ_n E[∇log p(y|x_n) ∇log p(y|x_n)ᵀ], with respect to the chosen parameters.

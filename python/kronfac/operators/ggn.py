@@ -27,7 +27,7 @@ def ggn(
     chunk_size: int | None = None,
     memory_limit: int | None = None,
     batch_norm: str = "running",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     distributed: Any = True,
 ) -> CurvatureOperator:
     """The generalised Gauss-Newton matrix E[Jᵀ H_L J] over all the data, with respect to the chosen parameters.

@@ -27,7 +27,7 @@ def hessian(
     chunk_size: int | None = None,
     memory_limit: int | None = None,
     batch_norm: str = "running",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     distributed: Any = True,
 ) -> CurvatureOperator:
     """The Hessian of the loss over all the data, with respect to the chosen parameters.
@@ -63,8 +63,8 @@ def hessian(
             running statistics stay as they are.
         dtype: run the model in this type: parameters, buffers, inputs and targets of floating point are converted, on
             copies. torch.float64 certifies what float32 found. Default: the model's own types, but float32 instead of
-            half precision, whose round-off would drown the curvature (`dtype=torch.bfloat16` has it anyway). Vectors
-            and sums over batches are float32 at least.
+            half precision, whose round-off would drown the curvature. "model": the model's own types, as they are.
+            Vectors and sums over batches are float32 at least.
         distributed: with True, where a torch.distributed process group of several ranks is up, each rank passes its own
             share of the data (of any size, also none) and the operator is that of all the data: every rank makes the
             same calls with the same vectors, which is checked. A process group instead of the default one, or False for

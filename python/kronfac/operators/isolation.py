@@ -139,7 +139,7 @@ def differentiable_twice(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def refuse_batch_statistics(model: nn.Module, batch_norm: str, caller: str) -> None:
+def refuse_batch_statistics(model: nn.Module, caller: str, batch_norm: str = "running") -> None:
     """Refuse batch normalisation by the statistics of the batch: it couples the examples of a batch.
 
     Raises:

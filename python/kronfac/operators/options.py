@@ -22,7 +22,7 @@ class EngineOptions:
     chunk_size: int | None = None
     memory_limit: int | None = None
     batch_norm: str = "running"
-    dtype: torch.dtype | None = None
+    dtype: torch.dtype | str | None = None
     distributed: Any = True
 
     def check(self, caller: str) -> None:
@@ -49,10 +49,9 @@ class EngineOptions:
             raise ValueError(
                 f"{caller}: batch_norm: expected one of {', '.join(map(repr, BATCH_NORMS))}, got {self.batch_norm!r}"
             )
-        if self.dtype is not None:
-            if not isinstance(self.dtype, torch.dtype):
-                raise TypeError(f"{caller}: dtype: expected a torch.dtype or None, got {self.dtype!r}")
-            if not self.dtype.is_floating_point or self.dtype.itemsize < 2:
-                raise ValueError(
-                    f"{caller}: dtype: expected torch.float64, float32, bfloat16 or float16, got {self.dtype}"
-                )
+        if self.dtype is None or self.dtype == "model":
+            return
+        if not isinstance(self.dtype, torch.dtype):
+            raise TypeError(f'{caller}: dtype: expected a torch.dtype, "model" or None, got {self.dtype!r}')
+        if not self.dtype.is_floating_point or self.dtype.itemsize < 2:
+            raise ValueError(f"{caller}: dtype: expected torch.float64, float32, bfloat16 or float16, got {self.dtype}")

@@ -7,18 +7,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from kronfac.operators.data import Batch, to_device
+from kronfac.operators.data import Batch, leaves, to_device
 from kronfac.operators.isolation import RandomStreams, accelerator_devices
 
 LossFunction = Callable[[Any, Any], Tensor]
 """Called as loss_fn(output, targets); returns a scalar."""
 
 _HALVES = (torch.bfloat16, torch.float16)
+
+_TYPE_MISMATCHES = ("same dtype", "should be the same", "expected scalar type", "must match the data type", "dtype")
 
 _NOT_TWICE = ("derivative for", "differentiate twice", "not implemented", "does not support")
 
@@ -63,14 +66,16 @@ class Program(nn.Module):
         model: the model; a `torch.compile` wrapper is taken off (compiled graphs have no double backward).
         loss_fn: the loss.
         caller: the public function that error messages name.
-        dtype: what parameters, buffers, inputs and targets are converted to, those of floating point; None converts
-            the half-precision ones of a half-precision model to float32.
+        dtype: what parameters, buffers, inputs and targets are converted to, those of floating point; "model" converts
+            nothing, None the half-precision ones of a half-precision model to float32.
     """
 
-    def __init__(self, model: nn.Module, loss_fn: LossFunction, caller: str, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, loss_fn: LossFunction, caller: str, dtype: torch.dtype | str | None = "model"
+    ) -> None:
         super().__init__()
-        self._dtype = dtype
-        self._half = any(parameter.dtype in _HALVES for parameter in model.parameters())
+        self._dtype = dtype if isinstance(dtype, torch.dtype) else None
+        self._widened = dtype is None and any(parameter.dtype in _HALVES for parameter in model.parameters())
         self.model = model
         self.loss_fn = loss_fn
         self.caller = caller
@@ -85,7 +90,7 @@ class Program(nn.Module):
             return tensor.dtype
         if self._dtype is not None:
             return self._dtype
-        return torch.float32 if self._half and tensor.dtype in _HALVES else tensor.dtype
+        return torch.float32 if self._widened and tensor.dtype in _HALVES else tensor.dtype
 
     def evaluate(self, batch: Batch, chosen: Mapping[str, Tensor], *, twice: bool = True) -> LossEvaluation:
         """Run forward and loss with fresh leaves for the chosen parameters; `twice`: to be differentiated twice.
@@ -96,8 +101,8 @@ class Program(nn.Module):
         """
         leaves, values = self._stand_ins(chosen)
         before = RandomStreams(self._accelerators)
-        loss = functional_call(self, values, (batch, False), tie_weights=True)
-        self._check_loss(loss, before)
+        loss = self._run(batch, values, cut=False)
+        self._check_loss(loss, before, batch)
         self._check_graph([loss], chosen, twice=twice)
         return LossEvaluation(loss.reshape(()), leaves)
 
@@ -111,7 +116,7 @@ class Program(nn.Module):
         values.update((name, buffer.clone()) for name, buffer in self.named_buffers())
         before = RandomStreams(self._accelerators)
         with torch.no_grad():
-            loss = functional_call(self, values, (batch, False), tie_weights=True)
+            loss = self._run(batch, values, cut=False)
         self._check_scalar(loss, before)
         return float(loss)
 
@@ -123,8 +128,8 @@ class Program(nn.Module):
         """
         leaves, values = self._stand_ins(chosen)
         before = RandomStreams(self._accelerators)
-        outputs, cuts, loss = functional_call(self, values, (batch, True), tie_weights=True)
-        self._check_loss(loss, before)
+        outputs, cuts, loss = self._run(batch, values, cut=True)
+        self._check_loss(loss, before, batch)
         self._check_graph([loss, *outputs], chosen)
         if leaf_variables(graph_nodes([loss])) & {id(leaf) for leaf in leaves}:
             raise ValueError(
@@ -160,6 +165,17 @@ class Program(nn.Module):
             )
         return outputs, cuts, self.loss_fn(pytree.tree_unflatten(flat, structure), targets)
 
+    def _run(self, batch: Batch, values: dict[str, Tensor], *, cut: bool) -> Any:
+        try:
+            return functional_call(self, values, (batch, cut), tie_weights=True)
+        except RuntimeError as error:
+            if not (self._dtype or self._widened) or not any(word in str(error) for word in _TYPE_MISMATCHES):
+                raise
+            raise RuntimeError(
+                f"{self.caller}: the model was run in {self._dtype or torch.float32} (dtype=), but holds some tensors "
+                f'of a type of its own: {str(error).splitlines()[0]}; pass dtype="model" to run it in its own types'
+            ) from error
+
     def _stand_ins(self, chosen: Mapping[str, Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
         leaves = {name: self._stand_in(parameter).requires_grad_() for name, parameter in chosen.items()}
         values: dict[str, Tensor] = {}
@@ -172,12 +188,13 @@ class Program(nn.Module):
     def _stand_in(self, parameter: Tensor) -> Tensor:
         return parameter.detach().to(self.compute_type(parameter))
 
-    def _check_loss(self, loss: Any, before: RandomStreams) -> None:
+    def _check_loss(self, loss: Any, before: RandomStreams, batch: Batch) -> None:
         self._check_scalar(loss, before)
         if not torch.isfinite(loss):
-            raise ValueError(
-                f"{self.caller}: loss_fn: the loss is {loss.item()}; check data and parameters for NaN or infinity"
+            why = self.culprit(batch) or (
+                "model and data are finite, so that the forward or the loss overflows or divides by zero"
             )
+            raise ValueError(f"{self.caller}: loss_fn: the loss is {loss.item()} on batch {batch.number}: {why}")
 
     def _check_scalar(self, loss: Any, before: RandomStreams) -> None:
         if before.moved():
@@ -193,6 +210,19 @@ class Program(nn.Module):
             )
         if not loss.dtype.is_floating_point:
             raise TypeError(f"{self.caller}: loss_fn: expected a real floating-point loss, got {loss.dtype}")
+
+    def culprit(self, batch: Batch) -> str | None:
+        """Where NaN or infinity comes from; None where model and batch have none."""
+        named = [*self.model.named_parameters(), *self.model.named_buffers()]
+        found = [name for name, tensor in named if not torch.isfinite(tensor.detach()).all()]
+        if found:
+            return f"the model holds NaN or infinity in {', '.join(found[:5])}{', ...' if len(found) > 5 else ''}"
+        for what, tree in (("inputs", batch.inputs), ("targets", batch.targets)):
+            for leaf in leaves(tree):
+                array = torch.as_tensor(leaf) if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "fc" else leaf
+                if isinstance(array, Tensor) and not torch.isfinite(array).all():
+                    return f"the {what} of batch {batch.number} hold NaN or infinity"
+        return None
 
     def _check_graph(self, roots: Sequence[Tensor], chosen: Mapping[str, Tensor], *, twice: bool = True) -> None:
         """Look through the graph of the first batch for what would silently be left out of the second derivative."""
