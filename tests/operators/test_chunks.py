@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from kronfac.operators import fisher, ggn, hessian
@@ -261,6 +262,9 @@ def test_graphs_are_kept_as_far_as_the_limit_allows(monkeypatch: pytest.MonkeyPa
             kept.append(64 - sum(sizes))
             used = measure(lambda: operator @ vector).peak  # noqa: B023 - run at once
             assert used < limit
+        if limit < 10_000_000:
+            with pytest.raises(ValueError, match=r"keep_graph: the graphs of only . of .* chunks fit"):
+                hessian(model, functional.cross_entropy, batches, memory_limit=limit, keep_graph=True)
     assert kept[0] == 64
     assert 0 < kept[1] < 64
     assert kept[2] <= 8
@@ -286,6 +290,31 @@ def test_sequences_of_different_lengths_are_measured_apart(monkeypatch: pytest.M
     assert relative_error(operator @ vector, (parts[0] + parts[1]) @ vector / 2) < 1e-12
     assert sum(sizes) + 6 in (6, 12)
     assert max(sizes) < 6  # the long ones do not fit at once
+
+
+@pytest.mark.parametrize("make", [hessian, ggn])
+def test_a_checkpointed_model_is_measured_with_what_it_computes_again(make: Any) -> None:
+    torch.manual_seed(1)
+    body = nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh()).double()
+    head = nn.Linear(64, 3).double()
+
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = body, head
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(checkpoint(self.body, x, use_reentrant=False))  # type: ignore[no-any-return]
+
+    model = Checkpointed()
+    batch = (torch.randn(200, 8, dtype=torch.float64), torch.randint(0, 3, (200,)))
+    whole = make(nn.Sequential(body, head), functional.cross_entropy, batch)
+    vector = torch.randn(whole.shape[0], dtype=torch.float64)
+    limit = 700_000
+    operator = make(model, functional.cross_entropy, batch, memory_limit=limit)
+    products: list[Tensor] = []
+    assert measure(lambda: products.append(operator @ vector)).peak < limit + 10 * vector.nbytes
+    assert relative_error(products[0], whole @ vector) < 1e-12
 
 
 def test_eigenvalues_of_chunks() -> None:

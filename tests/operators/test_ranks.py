@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional
+from torch.utils.data import DataLoader, DistributedSampler, Subset, TensorDataset
 
 from kronfac.operators import fisher, ggn, hessian
 from kronfac.operators.ranks import bits
@@ -155,6 +156,22 @@ def test_without_a_group_the_option_is_checked_and_does_nothing() -> None:
     assert torch.equal(first, second)
     with pytest.raises(TypeError, match="distributed: expected True, False or a torch"):
         hessian(model, functional.cross_entropy, batch, distributed="nccl")
+
+
+def test_a_sampler_that_repeats_examples_is_refused() -> None:
+    model = nn.Linear(3, 2)
+    dataset = TensorDataset(torch.randn(7, 3), torch.randint(0, 2, (7,)))
+    loss = functional.cross_entropy
+    shares = []
+    for rank in range(2):
+        uneven = DistributedSampler(dataset, 2, rank, shuffle=False)
+        with pytest.raises(ValueError, match="DistributedSampler repeats 1 examples"):
+            hessian(model, loss, DataLoader(dataset, batch_size=2, sampler=uneven))
+        hessian(model, loss, DataLoader(dataset, sampler=DistributedSampler(dataset, 7, rank)))
+        share = Subset(dataset, range(rank, len(dataset), 2))  # what the message advises
+        shares.append(hessian(model, loss, DataLoader(share, batch_size=2), reduction="mean").to_dense() * len(share))
+    whole = hessian(model, loss, dataset.tensors).to_dense()
+    assert relative_error((shares[0] + shares[1]) / 7, whole) < 1e-5
 
 
 def test_bits_tell_tensors_apart() -> None:

@@ -118,12 +118,17 @@ class Engine(ABC):
         if self._chunker.cuts and self._source.fixed:
             with self._isolated(), explained(self.caller):
                 pieces = list(self._pieces())
-        if options.keep_graph is None and self._source.fixed:
-            if options.memory_limit is not None:
-                self._keepable = {(piece.number, piece.part) for piece in self._chunker.fits(pieces)}
-                self._keep = bool(self._keepable)
-            else:
-                self._keep = self._source.single and options.chunk_size is None
+        if self._source.fixed and options.memory_limit is not None and options.keep_graph is not False:
+            fitting = self._chunker.fits(pieces)
+            if options.keep_graph and len(fitting) < len(pieces):
+                raise ValueError(
+                    f"{self.caller}: keep_graph: the graphs of only {len(fitting)} of {len(pieces)} chunks fit into "
+                    f"memory_limit={options.memory_limit}; raise the limit, or leave keep_graph out to keep those"
+                )
+            self._keepable = {(piece.number, piece.part) for piece in fitting}
+            self._keep = bool(fitting)
+        elif self._source.fixed and options.keep_graph is None:
+            self._keep = self._source.single and options.chunk_size is None
 
     def _measure(self, batch: Batch) -> Usage:
         def run() -> BatchGraph:
@@ -251,8 +256,11 @@ class Engine(ABC):
         """What must be the same on all ranks; nothing without others."""
         if self._ranks.size == 1:
             return {}
-        tensors = [*self.model.parameters(), *self._program.buffers()]
-        found = {"params": bits(torch.tensor([*indices, *self.layout.offsets])), "model": bits(*tensors)}
+        model = list(self.model.parameters()) if rows is None else self._watched()
+        found = {
+            "params": bits(torch.tensor([*indices, *self.layout.offsets])),
+            "model": bits(*model, *self._program.buffers()),
+        }
         if rows is not None:
             found |= {"number of vectors": len(rows), "v": bits(rows)}
         return found
@@ -261,21 +269,22 @@ class Engine(ABC):
         """Follow the model: a graph built on other parameters or buffers is not used any more."""
         if not self._keep:
             return
-        parameters = [parameter.detach() for parameter in self.model.parameters() if parameter.numel()]
-        tensors = [*parameters, *self._program.buffers()]
-        # Norms besides version counters: writing through `.data` does not count a version. Of frozen parameters that of
-        # some entries, so that they cost nothing.
-        chosen = {id(parameter) for parameter in self.chosen.values()}
-        seen = [
-            parameter.detach() if parameter.requires_grad or id(parameter) in chosen else _some_entries(parameter)
-            for parameter in self.model.parameters()
-            if parameter.numel()
-        ]
-        norms = torch.stack([torch.linalg.vector_norm(tensor).to("cpu", torch.float64) for tensor in seen])
+        tensors = [*self.model.parameters(), *self._program.buffers()]
+        # Norms besides version counters: writing through `.data` does not count a version.
+        watched = [tensor for tensor in self._watched() if tensor.numel()]
+        norms = torch.stack([torch.linalg.vector_norm(tensor).to("cpu", torch.float64) for tensor in watched])
         state = ([(tensor.data_ptr(), tensor._version) for tensor in tensors], norms.tolist())
         if state != self._state:
             self._kept.clear()
             self._state = state
+
+    def _watched(self) -> list[Tensor]:
+        """The parameters; of those that are frozen some entries, so that they cost nothing."""
+        chosen = {id(parameter) for parameter in self.chosen.values()}
+        return [
+            parameter.detach() if parameter.requires_grad or id(parameter) in chosen else _some_entries(parameter)
+            for parameter in self.model.parameters()
+        ]
 
     def _check_first_batch(self) -> None:
         """Build one graph, and compare uᵀHv with vᵀHu on it: two products on one batch, once per operator.

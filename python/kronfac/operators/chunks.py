@@ -130,7 +130,7 @@ class Chunker:
             ValueError: the pieces do not count as much as the batch.
         """
         total = sum(piece.size for piece in pieces)
-        if abs(total - batch.size) > 1e-6 * max(abs(total), abs(batch.size)):
+        if abs(total - batch.size) > 1e-4 * max(abs(total), abs(batch.size)):
             raise ValueError(
                 f"{self._caller}: batch_size: batch {batch.number} counts for {batch.size:g}, its chunks for {total:g} "
                 "together; to be cut, what a batch counts for must be a sum over its examples"

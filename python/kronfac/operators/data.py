@@ -10,7 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    RandomSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 BatchSize = Callable[[Any, Any], float]
 """Called as batch_size(inputs, targets): how many examples (or loss terms) a batch counts for."""
@@ -64,6 +71,7 @@ class DataSource:
         self._data, self.fixed = _normalise(data, caller)
         if isinstance(self._data, DataLoader):
             _refuse_random_sampler(self._data, caller)
+            _refuse_repeating_sampler(self._data, caller)
         self._fingerprints: list[Any] | None = None
         sizes: list[float] = []
         fingerprints: list[Any] = []
@@ -253,6 +261,16 @@ def _refuse_random_sampler(loader: DataLoader[Any], caller: str) -> None:
             f"{caller}: data: the DataLoader shuffles, so that every product would see other batches; "
             "make one with shuffle=False, or pass list(loader)"
         )
+
+
+def _refuse_repeating_sampler(loader: DataLoader[Any], caller: str) -> None:
+    for sampler in (loader.sampler, getattr(loader.batch_sampler, "sampler", None)):
+        if isinstance(sampler, DistributedSampler) and sampler.total_size > len(sampler.dataset):  # type: ignore[arg-type]
+            raise ValueError(
+                f"{caller}: data: the DistributedSampler repeats {sampler.total_size - len(sampler.dataset)} examples "  # type: ignore[arg-type]
+                "to give every rank as many, which would count twice; shares may be of any size here: use a Subset per "
+                "rank, such as Subset(dataset, range(rank, len(dataset), ranks))"
+            )
 
 
 def _version(leaf: Any) -> Any:

@@ -288,7 +288,7 @@ def refuse_wrapper(model: Any, caller: str) -> nn.Module:
     if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
         raise TypeError(
             f"{caller}: model: expected the module itself, got {type(module).__name__}; pass model.module "
-            "(every process then analyses the data that it was given)"
+            "(under a process group, each rank with its share of the data)"
         )
     return module
 
