@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,6 +40,7 @@ def test_products_equal_the_dense_hessian(name: str, dtype: torch.dtype) -> None
     form=st.sampled_from(["list", "loader"]),
     reduction=st.sampled_from(["mean", "sum"]),
     keep_graph=st.sampled_from([None, False, True]),
+    chunk_size=st.sampled_from([None, 1, 3]),
     columns=st.integers(0, 3),
     subset=st.booleans(),
 )
@@ -49,6 +51,7 @@ def test_every_combination_of_options(
     form: str,
     reduction: str,
     keep_graph: bool | None,
+    chunk_size: int | None,
     columns: int,
     subset: bool,
 ) -> None:
@@ -58,6 +61,7 @@ def test_every_combination_of_options(
     batches = [(case.inputs[low:high], case.targets[low:high]) for low, high in pairwise(edges)]
     data = batches if form == "list" else DataLoader(batches, batch_size=None)
     names = [name for name, _ in case.model.named_parameters()][::-2] if subset else None
+    options: dict[str, Any] = {"reduction": reduction, "keep_graph": keep_graph, "chunk_size": chunk_size}
 
     def summed(output: Tensor, target: Tensor) -> Tensor:
         return case.loss_fn(output, target) * len(output)
@@ -70,7 +74,7 @@ def test_every_combination_of_options(
             make(case.model, loss, data, names, keep_graph=True)
         return
     with unchanged(case.model):
-        operator = make(case.model, loss, data, names, reduction=reduction, keep_graph=keep_graph)
+        operator = make(case.model, loss, data, names, **options)
         vectors = torch.randn(operator.shape[0], columns, dtype=torch.float64, generator=torch.Generator())
         product = operator @ vectors
         again = operator @ vectors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,11 @@ def _work(rank: int, folder: Path) -> None:
     found["batch_norm"] = _outcome(
         lambda: hessian(norm.model, norm.loss_fn, _share(rank, norm.inputs, norm.targets), batch_norm="batch")
     )
+
+    # A call that the other rank does not make, last, since the group is of no use afterwards.
+    hasty = distributed.new_group(timeout=timedelta(milliseconds=300))
+    if rank == 0:
+        found["left alone"] = _outcome(lambda: hessian(case.model, loss, share, distributed=hasty))
     torch.save(found, folder / f"{rank}.pt")
 
 
@@ -145,6 +151,11 @@ def test_differences_between_ranks_are_errors_on_all(ranks: list[dict[str, Any]]
         here = "ValueError: kronfac.operators.hessian: loss_fn: the loss is nan"
         there = "RuntimeError: kronfac.operators.hessian: another rank of the process group failed"
         assert found["nan on a rank"].startswith(here if rank else there)
+
+
+def test_a_rank_that_is_left_alone_is_told_why(ranks: list[dict[str, Any]]) -> None:
+    assert ranks[0]["left alone"].startswith("RuntimeError: kronfac.operators.hessian: the ranks of the process group")
+    assert "Every rank must make the same calls" in ranks[0]["left alone"]
 
 
 def test_without_a_group_the_option_is_checked_and_does_nothing() -> None:

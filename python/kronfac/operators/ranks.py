@@ -60,7 +60,7 @@ class Ranks:
     def sum_(self, tensor: Tensor) -> None:
         """Add up a tensor over all ranks, in place."""
         if self.size > 1:
-            distributed.all_reduce(tensor, group=self._group)
+            self._reduce(tensor, distributed.ReduceOp.SUM)
 
     @contextmanager
     def together(self, same: Mapping[str, int] | None = None) -> Iterator[None]:
@@ -89,7 +89,7 @@ class Ranks:
         # One reduction: the largest of x and of -x are equal and opposite only where all x are the same.
         votes = torch.tensor([int(failed), *values, *(-value for value in values)], dtype=torch.int64)
         votes = votes.to(self._device)
-        distributed.all_reduce(votes, distributed.ReduceOp.MAX, group=self._group)
+        self._reduce(votes, distributed.ReduceOp.MAX)
         anyone, *largest = votes.tolist()
         if failed:
             return
@@ -107,23 +107,38 @@ class Ranks:
                 "of processor) and options, and each its own data, or pass distributed=False to analyse them apart"
             )
 
+    def _reduce(self, tensor: Tensor, how: Any) -> None:
+        try:
+            distributed.all_reduce(tensor, how, group=self._group)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"{self._caller}: the ranks of the process group could not be brought together: "
+                f"{str(error).splitlines()[0]}. Every rank must make the same calls, also where one alone uses the "
+                f"result, with a backend for {tensor.device.type} tensors; distributed=False analyses the data of "
+                "this process alone"
+            ) from error
+
     def _gathered(self, value: float) -> list[float]:
         values = torch.zeros(self.size, dtype=torch.float64, device=self._device)
         values[self._rank] = value
-        distributed.all_reduce(values, group=self._group)
+        self._reduce(values, distributed.ReduceOp.SUM)
         return [float(entry) for entry in values.tolist()]
 
 
 def bits(*tensors: Tensor) -> int:
     """A sum over the bits of tensors, one pass over memory: equal for equal tensors, hardly ever for others."""
-    total = 0
-    for place, tensor in enumerate(tensors, start=1):
+    if not tensors:
+        return 0
+    sums = []
+    for tensor in tensors:
         tensor = tensor.detach()
         if tensor.is_complex():
             tensor = torch.view_as_real(tensor)
         if tensor.layout != torch.strided:
             tensor = tensor.to_dense()
         width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-        total += place * int(tensor.contiguous().view(width).sum(dtype=torch.int64))
+        # Onto one device, so that the host waits once.
+        sums.append(tensor.contiguous().view(width).sum(dtype=torch.int64).to(tensors[0].device))
+    total = sum(place * found for place, found in enumerate(torch.stack(sums).tolist(), start=1))
     # Below 2⁶¹, so that the number and its negative are both 64-bit integers.
-    return total % 2**61
+    return int(total % 2**61)
