@@ -218,7 +218,7 @@ def test_what_cannot_be_cut() -> None:
         ({"chunk_size": 0}, ValueError, "chunk_size: expected at least 1, got 0"),
         ({"chunk_size": 2.5}, TypeError, "chunk_size: expected an integer or None, got 2.5"),
         ({"memory_limit": True}, TypeError, "memory_limit: expected an integer or None, got True"),
-        ({"memory_limit": 20}, ValueError, "memory_limit: one example of batch 0 takes about .* expected at most 20"),
+        ({"memory_limit": 20}, ValueError, "memory_limit: one example of batch 0 takes .* expected at most 20"),
         ({"batch_size": 4}, TypeError, "batch_size: expected a callable .* chunk_size= cuts"),
     ]
     for options, error, match in cases:
@@ -233,7 +233,7 @@ def _limited() -> tuple[nn.Module, tuple[Tensor, Tensor]]:
 
 
 @pytest.mark.parametrize("make", [hessian, ggn])
-@pytest.mark.parametrize("limit", [1_200_000, 400_000])
+@pytest.mark.parametrize("limit", [1_200_000, 400_000, 250_000])
 def test_a_memory_limit_holds(make: Any, limit: int) -> None:
     model, batch = _limited()
     whole = make(model, functional.cross_entropy, batch, keep_graph=False)
@@ -244,7 +244,7 @@ def test_a_memory_limit_holds(make: Any, limit: int) -> None:
         operator = make(model, functional.cross_entropy, batch, memory_limit=limit)
     products: list[Tensor] = []
     used = measure(lambda: products.append(operator @ vector)).peak
-    assert limit / 3 < used < limit + 10 * vector.nbytes
+    assert limit / 2 < used <= limit + vector.nbytes  # and the result, one vector
     assert relative_error(products[0], expected) < 1e-12
 
 
@@ -261,7 +261,10 @@ def test_graphs_are_kept_as_far_as_the_limit_allows(monkeypatch: pytest.MonkeyPa
             assert torch.equal(operator @ vector, first)
             kept.append(64 - sum(sizes))
             used = measure(lambda: operator @ vector).peak  # noqa: B023 - run at once
-            assert used < limit
+            held = sum(
+                kept for key, (_, kept) in operator._engine._chunker._expected.items() if key in operator._engine._kept
+            )
+            assert used + held <= limit + vector.nbytes
         if limit < 10_000_000:
             with pytest.raises(ValueError, match=r"keep_graph: the graphs of only . of .* chunks fit"):
                 hessian(model, functional.cross_entropy, batches, memory_limit=limit, keep_graph=True)
@@ -313,7 +316,7 @@ def test_a_checkpointed_model_is_measured_with_what_it_computes_again(make: Any)
     limit = 700_000
     operator = make(model, functional.cross_entropy, batch, memory_limit=limit)
     products: list[Tensor] = []
-    assert measure(lambda: products.append(operator @ vector)).peak < limit + 10 * vector.nbytes
+    assert measure(lambda: products.append(operator @ vector)).peak <= limit + vector.nbytes
     assert relative_error(products[0], whole @ vector) < 1e-12
 
 

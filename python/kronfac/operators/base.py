@@ -170,6 +170,7 @@ class Engine(ABC):
             for graph, local, weight in self._graphs(indices):
                 for row, parts in zip(out, vectors, strict=True):
                     layout.add_(row, graph.product(local, parts), weight)
+                del graph  # before the next one is built: two would take twice the memory
         self._ranks.sum_(out)
         if not torch.isfinite(out).all() and torch.isfinite(rows).all():
             with self._isolated():

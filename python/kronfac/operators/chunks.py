@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -15,24 +15,56 @@ from torch import Tensor
 from kronfac.operators.data import Batch, DataSource, example_count, leaves
 from kronfac.operators.memory import Usage
 
-# Examples that a first and a second measurement hold: the difference tells what one more takes from what all share.
-_FEW, _MORE = 2, 6
+# Examples that are measured first, how many times as many next, and the gain for which no more are measured.
+_FIRST, _GROWTH, _GAIN = 2, 3, 1.1
 
 
-@dataclass(frozen=True)
 class _Cost:
-    """Bytes of a graph as a function of its examples."""
+    """Bytes that graphs of examples of one shape take, as far as they were measured.
 
-    peak_shared: float
-    peak_each: float
-    kept_shared: float
-    kept_each: float
+    At each moment of a product so much is alive for every example and so much besides, a + b·n. The peak is the largest
+    of these lines, and so convex in n: between two measured sizes it lies below their chord, beyond them below the
+    proportional, and above the line through the last two.
+    """
+
+    def __init__(self) -> None:
+        self.measured: dict[int, Usage] = {}
 
     def peak(self, examples: int) -> float:
-        return self.peak_shared + self.peak_each * examples
+        """A bound of the peak from above."""
+        return _bound({size: usage.peak for size, usage in self.measured.items()}, examples)
 
     def kept(self, examples: int) -> float:
-        return self.kept_shared + self.kept_each * examples
+        """The same of what a graph holds between products."""
+        return _bound({size: usage.kept for size, usage in self.measured.items()}, examples)
+
+    def within(self, limit: int) -> int:
+        """The most examples that were measured not to exceed the limit; 0 for none."""
+        return max((size for size, usage in self.measured.items() if usage.peak <= limit), default=0)
+
+    def beyond(self, limit: int) -> int | None:
+        """The fewest that were measured to exceed it."""
+        return min((size for size, usage in self.measured.items() if usage.peak > limit), default=None)
+
+    def guess(self, limit: int) -> int:
+        """How many may fit, by the line through the last two sizes; one size tells no line, only a bound."""
+        sizes = sorted(self.measured)
+        last = self.measured[sizes[-1]].peak
+        if len(sizes) == 1:
+            return int(sizes[0] * limit / last)
+        slope = (last - self.measured[sizes[-2]].peak) / (sizes[-1] - sizes[-2])
+        return sizes[-1] + int((limit - last) / slope) if slope > 0 else sizes[-1] * _GROWTH
+
+
+def _bound(values: Mapping[int, int], examples: int) -> float:
+    below = max((size for size in values if size <= examples), default=None)
+    above = min((size for size in values if size >= examples), default=None)
+    if above is None:
+        assert below is not None
+        return values[below] * examples / below
+    if below is None or below == above:
+        return values[above]
+    return values[below] + (values[above] - values[below]) * (examples - below) / (above - below)
 
 
 class Chunker:
@@ -137,40 +169,35 @@ class Chunker:
             )
 
     def _largest(self, batch: Batch, examples: int) -> int:
-        largest = examples if self._chunk_size is None else min(self._chunk_size, examples)
+        wanted = examples if self._chunk_size is None else min(self._chunk_size, examples)
         if self._limit is None:
-            return largest
-        cost = self._cost(batch)
-        if cost.peak(1) > self._limit:
-            raise ValueError(
-                f"{self._caller}: memory_limit: one example of batch {batch.number} takes about {cost.peak(1):.3g} "
-                f"bytes, expected at most {self._limit}; raise the limit, or choose fewer parameters"
-            )
-        if cost.peak(largest) <= self._limit:
-            return largest
-        return max(1, min(largest, int((self._limit - cost.peak_shared) / cost.peak_each)))
+            return wanted
+        cost, limit = self._cost(batch), self._limit
+
+        def probe(size: int) -> None:
+            part = batch if size == examples else self.take(batch, slice(0, size), 0)
+            cost.measured[size] = self._measure(part)
+
+        if not cost.measured:
+            probe(min(_FIRST, examples))
+        if not cost.within(limit) and 1 not in cost.measured:
+            probe(1)
+        while known := cost.within(limit):
+            if known >= wanted or cost.peak(wanted) <= limit:
+                return wanted
+            safe = _last(range(known, wanted), lambda size: cost.peak(size) <= limit)
+            size = min(wanted, known * _GROWTH, cost.guess(limit))
+            settled = cost.beyond(limit) is not None or (len(cost.measured) > 1 and size <= _GAIN * safe)
+            if settled or size <= known:
+                return safe
+            probe(size)
+        raise ValueError(
+            f"{self._caller}: memory_limit: one example of batch {batch.number} takes {cost.peak(1):.3g} bytes, "
+            f"expected at most {limit}; raise the limit, or choose fewer parameters"
+        )
 
     def _cost(self, batch: Batch) -> _Cost:
-        examples = self._examples(batch)
-        signature = self._signature(batch, examples)
-        if signature not in self._costs:
-            self._costs[signature] = self._measured(batch, examples)
-        return self._costs[signature]
-
-    def _measured(self, batch: Batch, examples: int) -> _Cost:
-        few = min(_FEW, examples)
-        usage = self._measure(self.take(batch, slice(0, few), 0) if few < examples else batch)
-        more = min(_MORE, examples)
-        assert self._limit is not None
-        if more <= few or usage.peak * more / few > self._limit:
-            # Taken for proportional, which errs towards small chunks; one by one if even two are too many.
-            if usage.peak > self._limit and few > 1:
-                few, usage = 1, self._measure(self.take(batch, slice(0, 1), 0))
-            return _Cost(0.0, usage.peak / few, 0.0, usage.kept / few)
-        larger = self._measure(self.take(batch, slice(0, more), 0) if more < examples else batch)
-        peak_each = max(0.0, (larger.peak - usage.peak) / (more - few))
-        kept_each = max(0.0, (larger.kept - usage.kept) / (more - few))
-        return _Cost(larger.peak - peak_each * more, peak_each, larger.kept - kept_each * more, kept_each)
+        return self._costs.setdefault(self._signature(batch, self._examples(batch)), _Cost())
 
     def _examples(self, batch: Batch) -> int:
         count = example_count(batch.inputs)
@@ -216,3 +243,8 @@ class Chunker:
 
 def _has_examples(leaf: Any, examples: int) -> bool:
     return bool(leaf.ndim > 0 and leaf.shape[0] == examples)
+
+
+def _last(sizes: range, holds: Callable[[int], bool]) -> int:
+    """The last of some sizes up to which something holds; it does for the first."""
+    return sizes[bisect.bisect_left(sizes, True, key=lambda size: not holds(size)) - 1]

@@ -56,8 +56,8 @@ def hessian(
         chunk_size: the most examples that are run at once; larger batches are cut along the leading dimension of every
             tensor that has as many entries there as the first input, and the chunks weighted by what they count for.
         memory_limit: bytes that the graphs and a product with them may take at once, vectors and data apart; batches
-            are cut so that they fit. What an example takes is measured on a few (tensors alive at once, forward and
-            both derivatives; not the workspaces of single kernels), anew for each shape of example.
+            are cut so that they fit. What examples take is measured (tensors alive at once, forward and both
+            derivatives; not the workspaces of single kernels), anew for each shape of example.
         batch_norm: "running" normalises by the running statistics, as the model does in eval mode; "batch" by those of
             the batch, through which the derivatives go, as in train mode. Only for a single batch that is not cut; the
             running statistics stay as they are.
