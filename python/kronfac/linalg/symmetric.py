@@ -87,7 +87,8 @@ def check_operator(operator: SymmetricOperator | np.ndarray[Any, Any], caller: s
 
     Raises:
         TypeError: no `shape` and `@`, or not of a real floating-point type.
-        ValueError: not square, empty, or a dense matrix that is not symmetric or not finite.
+        ValueError: not square, empty, an operator that says it is not symmetric, or a dense matrix that is not
+            symmetric or not finite.
     """
     if isinstance(operator, np.ndarray):
         operator = torch.from_numpy(np.ascontiguousarray(operator))
@@ -95,6 +96,12 @@ def check_operator(operator: SymmetricOperator | np.ndarray[Any, Any], caller: s
         raise TypeError(
             f"{caller}: op: expected an operator with `shape` and `@` (kronfac.operators, a torch matrix), "
             f"got {type(operator).__name__}"
+        )
+    if getattr(operator, "symmetric", True) is False:
+        raise ValueError(
+            f"{caller}: op: expected a symmetric operator, got {operator!r}, which is not: a product of symmetric "
+            "operators is symmetric only where they commute. Products like b @ a @ b are symmetric, and "
+            "(op + op.mT) / 2 is the symmetric part; kronfac.linalg.lsmr solves systems with any operator"
         )
     shape = tuple(operator.shape)
     if len(shape) != 2 or shape[0] != shape[1] or shape[0] == 0:

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any, Protocol, TypeVar, overload
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from kronfac.curvature import unrecorded
 from kronfac.linalg.lanczos import norm
 from kronfac.linalg.probes import draw_probes, make_generator
+from kronfac.operators.algebra import ParameterOperator
 from kronfac.operators.chunks import Chunker
 from kronfac.operators.data import Batch, DataSource
 from kronfac.operators.isolation import (
@@ -31,11 +32,6 @@ from kronfac.operators.options import EngineOptions
 from kronfac.operators.parameters import ParameterLayout, select_parameters
 from kronfac.operators.program import LossFunction, Program, differentiate, explained, refuse_wrapper
 from kronfac.operators.ranks import Ranks, bits
-
-Parts = TypeVar("Parts", bound="list[Tensor] | tuple[Tensor, ...]")
-
-# Columns of the identity per call when an operator is written out.
-_DENSE_COLUMNS = 64
 
 
 class BatchGraph(Protocol):
@@ -337,183 +333,42 @@ class Engine(ABC):
         return squares / (batch.size if self._reduction == "mean" else 1)
 
 
-class CurvatureOperator:
+class CurvatureOperator(ParameterOperator):
     """A symmetric curvature matrix as a linear operator; made by the functions of `kronfac.operators`.
 
     `op @ v` takes and returns a flat vector (n,), several as columns (n, k), or a list of tensors shaped like the
     chosen parameters; flat vectors are laid out parameter by parameter in the order of `op.names`. The operator
-    follows the model: products are at the parameters that it has when they are computed.
+    follows the model: products are at the parameters that it has when they are computed. Sums, multiples and products
+    of operators are operators.
 
     Attributes:
         names: the parameters it acts on, as in `model.named_parameters()`.
     """
 
     def __init__(self, engine: Engine, indices: tuple[int, ...]) -> None:
-        self._engine = engine
+        super().__init__(engine.layout.subset(indices))
+        self._engine = self._origin = engine
         self._indices = indices
-        self._layout = engine.layout.subset(indices)
-        self.names = self._layout.names
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(n, n) with n the number of entries of the chosen parameters."""
-        return (self._layout.size, self._layout.size)
+    def label(self) -> str:
+        """Which matrix it is."""
+        return self.caller.rpartition(".")[2]
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Type of the vectors: float64 if a chosen parameter is float64, else float32."""
-        return self._layout.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the vectors: that of the first chosen parameter."""
-        return self._layout.device
-
-    @overload
-    def __matmul__(self, vectors: Tensor) -> Tensor: ...
-
-    @overload
-    def __matmul__(self, vectors: Parts) -> list[Tensor]: ...
-
-    def __matmul__(self, vectors: Tensor | list[Tensor] | tuple[Tensor, ...]) -> Tensor | list[Tensor]:
-        """Multiply with a vector (n,), with the columns of a matrix (n, k), or with tensors shaped like the parameters.
-
-        Several columns cost less than as many products: they share one pass over the data.
-
-        Raises:
-            TypeError: not tensors of the operator's type.
-            ValueError: wrong shape or device, changed data, or a product that is not finite.
-        """
-        if isinstance(vectors, list | tuple):
-            flat = self._flatten(vectors)
-            return self._layout.split(self._engine.multiply(self._indices, self._layout, flat[None])[0], vectors)
-        self._check(vectors)
-        rows = vectors.detach()
-        rows = rows[None] if rows.ndim == 1 else rows.mT
-        product = self._engine.multiply(self._indices, self._layout, rows.contiguous())
-        return product[0] if vectors.ndim == 1 else product.mT
-
-    def blocks(self, groups: Mapping[str, Iterable[str]] | None = None) -> dict[str, CurvatureOperator]:
-        """Diagonal blocks of the matrix.
-
-        Args:
-            groups: names of parameters, or of modules for all chosen parameters below them, by the name of the block;
-                None for one block per module that owns chosen parameters.
-
-        Returns:
-            Operators by block name, for None the module names of `model.named_modules()` (the empty name is the model
-            itself). They share data and graphs with this operator.
-
-        Raises:
-            TypeError: a group is a string instead of a list of them.
-            ValueError: a name of no chosen parameter, one that is twice in a group, or an empty group.
-        """
-        owned: dict[str, list[int]] = {}
-        if groups is None:
-            for index, name in zip(self._indices, self.names, strict=True):
-                owned.setdefault(name.rpartition(".")[0], []).append(index)
-        else:
-            owned = {group: self._indices_of(group, wanted) for group, wanted in groups.items()}
-        return {block: CurvatureOperator(self._engine, tuple(indices)) for block, indices in owned.items()}
-
-    def entries_of(self, block: CurvatureOperator) -> Tensor:
-        """Where the entries of a block lie in this operator's vectors.
-
-        Args:
-            block: one of `blocks`.
-
-        Returns:
-            Indices (size of the block,), int64.
-
-        Raises:
-            ValueError: the block has parameters that this operator has not.
-        """
-        foreign = [name for name in block.names if name not in self.names]
-        if foreign or block._engine is not self._engine:
-            raise ValueError(
-                f"{self._engine.caller}: entries_of: block: expected one of this operator's blocks(), got one of "
-                f"{', '.join(block.names)}"
-            )
-        starts = [self.names.index(name) for name in block.names]
-        offsets = self._layout.offsets
-        return torch.cat([torch.arange(offsets[start], offsets[start + 1]) for start in starts])
-
-    def _indices_of(self, group: str, wanted: Iterable[str]) -> list[int]:
-        where = f"{self._engine.caller}: blocks: groups[{group!r}]"
-        if isinstance(wanted, str):
-            raise TypeError(f"{where}: expected a list of names, got {wanted!r}; wrap it in a list")
-        found: list[int] = []
-        for entry in wanted:
-            some = [
-                index
-                for index, name in zip(self._indices, self.names, strict=True)
-                if name == entry or name.startswith(f"{entry}.")
-            ]
-            if not some:
-                raise ValueError(f"{where}: {entry!r} names none of the operator's parameters; see op.names")
-            found += some
-        if not found or len(set(found)) < len(found):
-            raise ValueError(f"{where}: expected distinct parameters, at least one, got {list(wanted)}")
-        return found
-
-    def to_dense(self) -> Tensor:
-        """Write the matrix out, (n, n): for small n, at the cost of n products. Symmetric up to round-off."""
-        identity = torch.eye(self._layout.size, dtype=self.dtype, device=self.device)
-        starts = range(0, self._layout.size, _DENSE_COLUMNS)
-        return torch.cat([self @ identity[:, first : first + _DENSE_COLUMNS] for first in starts], dim=1)
-
-    def to_scipy(self) -> Any:
-        """Wrap as a `scipy.sparse.linalg.LinearOperator` on numpy vectors of the same type.
-
-        Raises:
-            ImportError: scipy is not installed.
-        """
-        try:
-            from scipy.sparse.linalg import LinearOperator
-        except ImportError as error:
-            raise ImportError("CurvatureOperator.to_scipy: needs scipy; install it with `pip install scipy`") from error
-
-        def multiply(vectors: Any) -> Any:
-            # A copy: scipy hands over read-only and strided arrays.
-            columns = torch.tensor(vectors, dtype=self.dtype, device=self.device)
-            return (self @ columns.reshape(self._layout.size, -1)).cpu().numpy().reshape(vectors.shape)
-
-        dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
-        return LinearOperator(
-            self.shape, matvec=multiply, rmatvec=multiply, matmat=multiply, rmatmat=multiply, dtype=dtype
-        )
+    def caller(self) -> str:
+        """The function that made it."""
+        return self._engine.caller
 
     def release(self) -> None:
         """Free the graph that is kept between products (of this operator and its blocks); the next one rebuilds it."""
         self._engine.release()
 
-    def __repr__(self) -> str:
-        kind = self._engine.caller.rpartition(".")[2]
-        return f"<{kind} operator {self.shape[0]} x {self.shape[1]}, {self.dtype}, {self.device}>"
+    def _multiply(self, rows: Tensor) -> Tensor:
+        return self._engine.multiply(self._indices, self._layout, rows)
 
-    def _check(self, vectors: Any) -> None:
-        where = f"{self._engine.caller} @ v"
-        size = self._layout.size
-        if not isinstance(vectors, Tensor):
-            hint = "; use op.to_scipy() for numpy arrays" if type(vectors).__module__ == "numpy" else ""
-            raise TypeError(f"{where}: v: expected a tensor, got {type(vectors).__name__}{hint}")
-        if vectors.dtype != self.dtype:
-            raise TypeError(f"{where}: v: expected {self.dtype}, got {vectors.dtype}; convert with v.to(op.dtype)")
-        if vectors.ndim not in (1, 2) or vectors.shape[0] != size:
-            raise ValueError(f"{where}: v: expected shape ({size},) or ({size}, k), got {tuple(vectors.shape)}")
-        if vectors.device != self.device:
-            raise ValueError(f"{where}: v: expected a tensor on {self.device}, got {vectors.device}")
-
-    def _flatten(self, parts: Sequence[Any]) -> Tensor:
-        where = f"{self._engine.caller} @ v"
-        shapes = [tuple(shape) for shape in self._layout.shapes]
-        got = [tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in parts]
-        if got != shapes:
-            raise ValueError(f"{where}: v: expected tensors of the parameters' shapes {shapes}, got {got}")
-        for part in parts:
-            if not part.dtype.is_floating_point:
-                raise TypeError(f"{where}: v: expected floating-point tensors, got {part.dtype}")
-        return torch.cat([part.detach().reshape(-1).to(self.device, self.dtype) for part in parts])
+    def _restricted(self, positions: Sequence[int]) -> CurvatureOperator:
+        return CurvatureOperator(self._engine, tuple(self._indices[position] for position in positions))
 
 
 def _some_entries(parameter: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from kronfac.linalg.probes import draw_probes, make_generator, standard_error
-from kronfac.operators import CurvatureOperator
+from kronfac.operators import ParameterOperator
 from kronfac.spectrum._interrupt import interruptible
 from kronfac.spectrum._options import Progress, check_count
 from kronfac.spectrum._progress import shown
@@ -18,7 +18,7 @@ _COLUMNS = 8  # probes per call of op @ V: one pass over the data serves all of 
 
 
 def block_traces(
-    op: CurvatureOperator,
+    op: ParameterOperator,
     groups: Mapping[str, Iterable[str]] | None = None,
     *,
     probes: int = 100,
@@ -50,7 +50,7 @@ def block_traces(
         TypeError: `op` is no operator of `kronfac.operators`, or an option has the wrong type.
         ValueError: an option out of range, an unknown name in `groups`, or a product that is not finite.
     """
-    if not isinstance(op, CurvatureOperator):
+    if not isinstance(op, ParameterOperator):
         raise TypeError(f"{_CALLER}: op: expected an operator of kronfac.operators, got {type(op).__name__}")
     probes = check_count(probes, "probes", _CALLER, least=2)
     generator = make_generator(seed, _CALLER)
