@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kronfac.curvature.adapter import LayerAdapter
+from kronfac.curvature.extra import ExtraStatistic
 from kronfac.curvature.forward import Forward
 from kronfac.curvature.hooks import unrecorded
 from kronfac.curvature.likelihood import Likelihood
@@ -71,6 +73,60 @@ def factors(
             "factors: model: expected at least one trainable layer that an adapter covers, found none; "
             "see kronfac.curvature.register_adapter"
         )
+    total = take_statistics(
+        model,
+        layers,
+        data,
+        likelihood=likelihood,
+        fisher=fisher,
+        sharing=sharing,
+        output=output,
+        mask=mask,
+        fisher_samples=fisher_samples,
+        seed=seed,
+    )
+    if total.terms <= 0:
+        raise ValueError("factors: data: expected at least one example that counts, got none")
+    return total.factors()
+
+
+def take_statistics(
+    model: nn.Module,
+    layers: Mapping[str, LayerAdapter],
+    data: Any,
+    *,
+    likelihood: str | Likelihood,
+    fisher: str,
+    sharing: str,
+    output: Callable[[Any], Tensor] | None,
+    mask: Callable[[tuple[Any, ...], dict[str, Any], Any], Tensor] | None,
+    fisher_samples: int,
+    seed: int,
+    extra: Mapping[str, Mapping[str, ExtraStatistic]] | None = None,
+    bare: Collection[str] = (),
+) -> Pending:
+    """The sums that `factors` are made of, over all the data, with whatever else is to be taken in the same pass.
+
+    Args:
+        model: as in `factors`.
+        layers: adapters by layer name, at least one.
+        data: as in `factors`.
+        likelihood: as in `factors`.
+        fisher: as in `factors`.
+        sharing: as in `factors`.
+        output: as in `factors`.
+        mask: as in `factors`.
+        fisher_samples: as in `factors`.
+        seed: as in `factors`.
+        extra: further statistics to take of some layers, by layer name and name.
+        bare: layers of which A and G are not wanted.
+
+    Returns:
+        The sums; layers that the output does not depend on are absent.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `factors`.
+    """
     device = next(iter(layers.values())).weight.device
     recorder = _DataRecorder(
         model,
@@ -82,9 +138,11 @@ def factors(
         fisher=fisher,
         fisher_samples=fisher_samples,
         sharing=sharing,
+        extra=extra,
+        bare=bare,
         generator=torch.Generator(device).manual_seed(seed),
     )
-    total = Pending()
+    total = Pending(adapters=recorder.adapters, watched=recorder.extra, bare=recorder.bare)
     try:
         with _untouched(model, data), unrecorded(except_for=recorder), torch.enable_grad():
             for batch in _batches(data):
@@ -95,9 +153,7 @@ def factors(
                 total.add(pending.layers, pending.terms, pending.examples)
     finally:
         recorder.remove()
-    if total.terms <= 0:
-        raise ValueError("factors: data: expected at least one example that counts, got none")
-    return total.factors()
+    return total
 
 
 class _DataRecorder(Recorder):
@@ -138,7 +194,9 @@ def _untouched(model: nn.Module, data: Any) -> Iterator[None]:
                 module.training = mode
             with torch.no_grad():
                 for buffer, saved in buffers:
-                    buffer.copy_(saved)
+                    # Writing counts a version up, and a graph that has saved the buffer would be refused its backward.
+                    if not torch.equal(buffer, saved):
+                        buffer.copy_(saved)
             for generator, state in zip(generators, states, strict=True):
                 generator.set_state(state)
             random.setstate(python)

@@ -8,3 +8,6 @@ from kronfac.operators.base import CurvatureOperator as CurvatureOperator
 from kronfac.operators.fisher import fisher as fisher
 from kronfac.operators.ggn import ggn as ggn
 from kronfac.operators.hessian import hessian as hessian
+from kronfac.operators.kfac import ekfac as ekfac
+from kronfac.operators.kfac import kfac as kfac
+from kronfac.operators.kronecker import KroneckerOperator as KroneckerOperator
