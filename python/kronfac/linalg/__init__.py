@@ -10,9 +10,12 @@ from kronfac.linalg.damped import factored_damping as factored_damping
 from kronfac.linalg.lanczos import KrylovSubspace as KrylovSubspace
 from kronfac.linalg.lanczos import Quadrature as Quadrature
 from kronfac.linalg.lanczos import lanczos_quadratures as lanczos_quadratures
+from kronfac.linalg.lsmr import LeastSquaresResult as LeastSquaresResult
+from kronfac.linalg.lsmr import lsmr as lsmr
 from kronfac.linalg.minres import minres as minres
 from kronfac.linalg.probes import draw_probes as draw_probes
 from kronfac.linalg.probes import make_generator as make_generator
+from kronfac.linalg.rectangular import MatrixFree as MatrixFree
 from kronfac.linalg.solve import SolveResult as SolveResult
 from kronfac.linalg.solve import cg as cg
 from kronfac.linalg.solve import cg_shifts as cg_shifts
