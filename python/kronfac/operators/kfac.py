@@ -25,6 +25,7 @@ def kfac(
     mask: Callable[[Any, Any], Tensor] | None = None,
     sharing: str = "expand",
     reduction: str = "mean",
+    distributed: bool = True,
 ) -> KroneckerOperator:
     """K-FAC's approximation of the Fisher matrix over all the data (Martens & Grosse, arXiv:1503.05671).
 
@@ -48,6 +49,8 @@ def kfac(
         mask: callable(inputs, targets) -> bool tensor that is False on padding.
         sharing: "expand" or "reduce": how the positions of a shared layer enter, as in `kronfac.KFAC`.
         reduction: "mean", over the terms of the loss, or "sum".
+        distributed: under a process group every rank calls this with its own data, and the factors are those of all of
+            them; False for this rank's alone.
 
     Returns:
         The operator, with `inverse(damping)`, `trace()`, `logdet(damping)`, `diagonal()` and `factors()`. The block of
@@ -72,6 +75,7 @@ def kfac(
         mask=mask,
         sharing=sharing,
         reduction=reduction,
+        distributed=distributed,
     )
     return statistics.operator("kfac", statistics.products())
 
@@ -89,6 +93,7 @@ def ekfac(
     mask: Callable[[Any, Any], Tensor] | None = None,
     sharing: str = "expand",
     reduction: str = "mean",
+    distributed: bool = True,
 ) -> KroneckerOperator:
     """EKFAC's approximation of the Fisher matrix over all the data (George et al., arXiv:1806.03884).
 
@@ -109,6 +114,7 @@ def ekfac(
         mask: as in `kfac`.
         sharing: as in `kfac`; S is always that of whole examples.
         reduction: as in `kfac`.
+        distributed: as in `kfac`.
 
     Returns:
         The operator, as of `kfac`.
@@ -130,5 +136,6 @@ def ekfac(
         mask=mask,
         sharing=sharing,
         reduction=reduction,
+        distributed=distributed,
     )
     return statistics.operator("ekfac", statistics.rescaled(statistics.products()))

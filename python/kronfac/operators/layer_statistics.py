@@ -25,9 +25,11 @@ from kronfac.operators.isolation import (
 from kronfac.operators.kronecker import BlockForm, EigenForm, KroneckerOperator, LayerBlock, ProductForm
 from kronfac.operators.parameters import select_parameters
 from kronfac.operators.program import Program, differentiate, refuse_wrapper
+from kronfac.operators.ranks import Ranks, bits
 
 _SECOND_MOMENT = "S"
 _NAMED = 5  # parameters that an error message names
+_PRIME = 2_654_435_761  # keeps the streams of (seed, rank) apart from those of (seed + 1, rank - 1)
 
 
 class FactorStatistics:
@@ -46,20 +48,18 @@ class FactorStatistics:
         *,
         mask: Callable[[Any, Any], Tensor] | None,
         reduction: str,
+        distributed: bool,
         **options: Any,
     ) -> None:
         self.caller = caller
         self.model = refuse_wrapper(model, caller)
         _check_options(caller, mask=mask, reduction=reduction, **options)
         self._chosen, self._layout = select_parameters(self.model, params, caller)
-        owners = (data, getattr(data, "sampler", None), getattr(data, "batch_sampler", None))
-        generators = [getattr(owner, "generator", None) for owner in owners]
-        own = {id(found): found for found in generators if isinstance(found, torch.Generator)}
-        self._streams = RandomStreams(accelerator_devices(self.model), tuple(own.values()))
-        with preserved_streams(self._streams):
-            self._source = DataSource(data, None, caller)
-        if not self._source.single:
-            refuse_batch_statistics(self.model, caller)
+        if not isinstance(distributed, bool):
+            raise TypeError(f"{caller}: distributed: expected True or False, got {distributed!r}")
+        self._ranks = Ranks(distributed, self._layout.device, caller)
+        with self._ranks.together(self._shared()):
+            self._read(data)
         self._mask, self._reduction, self._scale = mask, reduction, 1.0
         self._batch: tuple[Any, Any] = (None, None)
         self._options: dict[str, Any] = {
@@ -67,11 +67,30 @@ class FactorStatistics:
             "fisher": options["kind"],
             "fisher_samples": options["samples"],
             "mask": None if mask is None else self._mask_now,
-            **{name: options[name] for name in ("sharing", "output", "seed")},
+            # Ranks with the same draws for different examples would be less random than one process.
+            "seed": (options["seed"] + self._ranks.before(1) * _PRIME) % 2**63,
+            **{name: options[name] for name in ("sharing", "output")},
         }
         with _trainable(self.model, self._chosen):
             self._layers = find_layers(self.model)
             self._owners = self._find_owners()
+
+    def _read(self, data: Any) -> None:
+        owners = (data, getattr(data, "sampler", None), getattr(data, "batch_sampler", None))
+        generators = [getattr(owner, "generator", None) for owner in owners]
+        own = {id(found): found for found in generators if isinstance(found, torch.Generator)}
+        self._streams = RandomStreams(accelerator_devices(self.model), tuple(own.values()))
+        with preserved_streams(self._streams):
+            self._source = DataSource(data, None, self.caller)
+        if not self._source.single or self._ranks.size > 1:
+            refuse_batch_statistics(self.model, self.caller)
+
+    def _shared(self) -> dict[str, int]:
+        """What must be the same on all ranks; nothing without others."""
+        if self._ranks.size == 1:
+            return {}
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        return {"params": bits(torch.tensor(self._layout.offsets)), "model": bits(*tensors)}
 
     def products(self) -> dict[str, BlockForm]:
         """K-FAC's block of every layer."""
@@ -89,7 +108,8 @@ class FactorStatistics:
                     "the weights, or an overflow"
                 )
             forms[name] = ProductForm(name, A, G * self._scale)
-        self._refuse_unseen(set(self._layers) - set(found))
+        with self._ranks.together():
+            self._refuse_unseen(set(self._layers) - set(found))
         return forms
 
     def rescaled(self, forms: dict[str, BlockForm]) -> dict[str, BlockForm]:
@@ -104,6 +124,12 @@ class FactorStatistics:
                 watched[name] = {_SECOND_MOMENT: moment}
         if not watched:
             return forms
+        # Sums in different bases would be of nothing; other processors may find others.
+        vectors = [form.left for form in bases.values()] + [
+            form.right for form in bases.values() if form.right is not None
+        ]
+        with self._ranks.together({"eigenvectors": bits(*vectors)} if self._ranks.size > 1 else None):
+            pass
         # The draws are those of the first pass: the same seed, batches and outputs.
         pending = self._take({name: self._layers[name] for name in watched}, extra=watched, bare=list(watched))
         sums = pending.scaled_sums()
@@ -129,14 +155,17 @@ class FactorStatistics:
         return KroneckerOperator(self._layout, blocks, label)
 
     def _take(self, layers: Mapping[str, LayerAdapter], **further: Any) -> Pending:
-        with ExitStack() as stack:
+        with self._ranks.together(), ExitStack() as stack:
             stack.enter_context(preserved_streams(self._streams))
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             for device in {"cpu", *(device.type for device in accelerator_devices(self.model))}:
                 stack.enter_context(torch.autocast(device, enabled=False))
             stack.enter_context(_trainable(self.model, self._chosen))
-            return take_statistics(self.model, layers, self._batches(), **self._options, **further)
+            pending = take_statistics(self.model, layers, self._batches(), **self._options, **further)
+        if self._ranks.size > 1:
+            pending.all_reduce()
+        return pending
 
     def _batches(self) -> Iterator[tuple[Any, Any]]:
         """The batches on the model's device; checks between two of them that the forward drew no random numbers."""
