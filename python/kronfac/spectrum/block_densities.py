@@ -11,7 +11,7 @@ import numpy as np
 from kronfac._plotting import axes_or_new
 from kronfac.linalg.lanczos import Float64Array
 from kronfac.linalg.symmetric import check_operator
-from kronfac.operators import CurvatureOperator
+from kronfac.operators import ParameterOperator
 from kronfac.spectrum._interrupt import interruptible
 from kronfac.spectrum._options import Progress
 from kronfac.spectrum._progress import shown
@@ -102,7 +102,7 @@ def _height(values: Float64Array, highest: float) -> Float64Array:
 
 
 def block_densities(
-    op: CurvatureOperator,
+    op: ParameterOperator,
     groups: Mapping[str, Iterable[str]] | None = None,
     *,
     probes: int = 10,
