@@ -166,6 +166,16 @@ def test_ekfac_is_the_fisher_block_made_diagonal_in_the_eigenbasis(network: str)
         assert (got - block).norm() <= (plain.blocks()[name].to_dense() - block).norm() * (1 + 1e-12)
 
 
+def test_ekfac_of_attention_has_the_trace_of_the_fisher_matrix() -> None:
+    """The projections share a parameter; the sum of S is the mean square of whole examples' gradients in any basis."""
+    model, data = everything()
+    for params in (["attention", "head"], ["attention.in_proj_weight", "grouped"]):
+        exact = ggn(model, functional.cross_entropy, data, params)
+        approximation = ekfac(model, "categorical", data, params, kind="exact")
+        assert approximation.names == exact.names
+        assert approximation.trace() == pytest.approx(float(exact.to_dense().trace()))
+
+
 @MAKERS
 def test_chosen_parameters_in_any_order(make: Any) -> None:
     model, data = mlp(), batch(4)

@@ -157,10 +157,7 @@ class FactorStatistics:
     def _take(self, layers: Mapping[str, LayerAdapter], **further: Any) -> Pending:
         with self._ranks.together(), ExitStack() as stack:
             stack.enter_context(preserved_streams(self._streams))
-            stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.enable_grad())
-            for device in {"cpu", *(device.type for device in accelerator_devices(self.model))}:
-                stack.enter_context(torch.autocast(device, enabled=False))
+            stack.enter_context(differentiable_twice(self.model))
             stack.enter_context(_trainable(self.model, self._chosen))
             pending = take_statistics(self.model, layers, self._batches(), **self._options, **further)
         if self._ranks.size > 1:
