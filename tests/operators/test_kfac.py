@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import kronfac
 from kronfac.curvature import find_layers
 from kronfac.curvature.posterior import to_parameters
-from kronfac.linalg import cg
+from kronfac.linalg import cg, minres
 from kronfac.operators import KroneckerOperator, ParameterOperator, ekfac, fisher, ggn, kfac
 from kronfac.spectrum import block_traces, eigsh
 from tests.operators.cases import dense_ggn, relative_error
@@ -360,6 +360,26 @@ def test_arithmetic_and_spectra_of_them() -> None:
     assert traces["0"].trace == pytest.approx(approximation.blocks()["0"].trace(), abs=5 * traces["0"].trace_stderr)
     with pytest.raises(ValueError, match=r"expected a symmetric operator, got <\(\(kfac \+ 0\.1\)⁻¹ @ ggn\) operator"):
         eigsh(approximation.inverse(0.1) @ exact)
+
+
+def test_the_root_of_the_inverse_preconditions_minres_and_draws_samples() -> None:
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Linear(20, 12), nn.Tanh(), nn.Linear(12, 3)).double()
+    x, y = torch.randn(200, 20, dtype=torch.float64) * torch.logspace(-1.5, 1, 20), torch.randint(3, (200,))
+    A = ggn(model, functional.cross_entropy, (x, y)).shift(1e-4)
+    approximation = kfac(model, "categorical", (x, y), kind="exact")
+    root = approximation.inverse_sqrt(1e-4)
+    R = root.to_dense()
+    torch.testing.assert_close(R @ R, approximation.inverse(1e-4).to_dense(), rtol=1e-8, atol=1e-6)
+    b = torch.randn(A.shape[0], dtype=torch.float64)
+    helped = minres(root @ A @ root, root @ b, tolerance=1e-6, max_iterations=1000)
+    plain = minres(A, b, tolerance=1e-6, max_iterations=1000)
+    assert helped.converged
+    assert helped.iterations < 0.7 * plain.iterations
+    assert float((A @ (root @ helped.x) - b).norm() / b.norm()) < 1e-3
+    variances = (root @ torch.randn(A.shape[0], 4000, dtype=torch.float64)).var(1)
+    expected = approximation.inverse(1e-4).diagonal()
+    assert float((variances / expected - 1).square().mean().sqrt()) < 0.04  # √(2 / 4000) each
 
 
 @MAKERS

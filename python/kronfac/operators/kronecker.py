@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeAlias
 
@@ -204,17 +204,26 @@ class KroneckerOperator(ParameterOperator):
             ValueError: not finite or not positive; a factor that could not be diagonalised.
         """
         shift = _check_damping(damping, f"{self.caller}: inverse", positive=True)
-        layers = [
-            LayerBlock(
-                layer.name,
-                layer.owners,
-                layer.shape,
-                layer.entries,
-                layer.form.eigen().mapped(lambda spectrum: (spectrum + shift).reciprocal()),
-            )
-            for layer in self._layers
-        ]
-        return KroneckerOperator(self._layout, layers, f"({self.label} + {shift:.6g})⁻¹")
+        label = f"({self.label} + {shift:.6g})⁻¹"
+        return self._mapped(lambda spectrum: (spectrum + shift).reciprocal(), label)
+
+    def inverse_sqrt(self, damping: float) -> KroneckerOperator:
+        """The symmetric square root R of `inverse(damping)`, as an operator.
+
+        R @ A @ R is symmetric where A is: preconditioning for what takes no preconditioner. `minres(R @ A @ R, R @ b)`
+        gives R⁻¹x for the solution x of A x = b, and R @ z with standard normal z has the covariance of the inverse.
+
+        Args:
+            damping: as in `inverse`.
+
+        Returns:
+            The operator.
+
+        Raises:
+            TypeError, ValueError: as `inverse`.
+        """
+        shift = _check_damping(damping, f"{self.caller}: inverse_sqrt", positive=True)
+        return self._mapped(lambda spectrum: (spectrum + shift).rsqrt(), f"({self.label} + {shift:.6g})^-½")
 
     def trace(self) -> float:
         """The trace, in closed form: Σ tr A · tr G."""
@@ -241,6 +250,10 @@ class KroneckerOperator(ParameterOperator):
         for layer in self._layers:
             out[layer.entries] = layer.form.diagonal().reshape(-1).to(out)
         return out
+
+    def _mapped(self, function: Callable[[Tensor], Tensor], label: str) -> KroneckerOperator:
+        layers = [replace(layer, form=layer.form.eigen().mapped(function)) for layer in self._layers]
+        return KroneckerOperator(self._layout, layers, label)
 
     def _multiply(self, rows: Tensor) -> Tensor:
         out = torch.zeros_like(rows)
