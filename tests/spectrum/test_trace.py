@@ -93,6 +93,25 @@ def test_every_method_is_unbiased_and_its_standard_error_honest(method: str, nam
     assert results[0].value == pytest.approx(float(results[0].samples.mean()))
 
 
+@pytest.mark.parametrize("probes", [16, pytest.param(60, marks=pytest.mark.slow)])
+def test_the_standard_error_of_xtrace_is_unbiased(probes: int) -> None:
+    """The mean of its square is the variance, though the estimates share all probes but one."""
+    for name in SPECTRA:
+        values = torch.tensor(SPECTRA[name])
+
+        class Diagonal:
+            shape = (len(values), len(values))
+            dtype = torch.float64
+
+            def __matmul__(self, vectors: torch.Tensor, values: torch.Tensor = values) -> torch.Tensor:
+                return values[:, None] * vectors
+
+        results = [trace(Diagonal(), "xtrace", probes=probes, seed=seed) for seed in range(300)]
+        errors = np.array([result.value for result in results]) - float(values.sum())
+        stated = np.sqrt(np.mean([result.stderr**2 for result in results]))
+        assert errors.std() == pytest.approx(stated, rel=0.15), name
+
+
 def test_a_sketch_saves_products_where_eigenvalues_decay() -> None:
     matrix = with_spectrum(DECAYING)
 
