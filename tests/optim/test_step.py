@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kronfac.optim import KFAC
+from kronfac.optim import KFAC, reading
 from tests.optim.models import convnet, equal, frozen_state, images, mlp, same_tree, snapshot, train_step, vectors
 from tests.optim.reference import ReferenceKFAC
 
@@ -253,11 +254,24 @@ def test_the_clip_spans_all_groups() -> None:
 
 
 class CountReads(TorchDispatchMode):
-    """Counts how often Python asks for the value of a tensor, which on an accelerator waits for it."""
+    """Counts how often Python asks for the value of a tensor, which on an accelerator waits for it.
+
+    Inside nothing counts as at hand, so that the CPU goes an accelerator's ways.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.reads = 0
+        self._elsewhere = mock.patch.object(reading, "at_hand", return_value=False)
+
+    def __enter__(self) -> CountReads:
+        self._elsewhere.start()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._elsewhere.stop()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.reads += function is torch.ops.aten._local_scalar_dense.default

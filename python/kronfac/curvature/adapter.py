@@ -324,8 +324,10 @@ class LayerAdapter(ABC):
         Raises:
             ValueError: a covered parameter has no gradient.
         """
-        grads = (_gradient_of(p, self.module) for p in self._covered())
-        return self._matrix([self._slice(index, grad) for index, grad in enumerate(grads)])
+        grads = [_gradient_of(p, self.module) for p in self._covered()]
+        if self.slices is not None:
+            grads = [self._slice(index, grad) for index, grad in enumerate(grads)]
+        return self._matrix(grads)
 
     def weight_matrix(self) -> Tensor:
         """W, shaped `matrix_shape`, detached; may be a view of the weight."""
@@ -343,16 +345,20 @@ class LayerAdapter(ABC):
         Raises:
             ValueError: the shape is another.
         """
-        if tuple(matrix.shape) != self.matrix_shape:
+        if matrix.shape != self.matrix_shape:
             raise ValueError(
                 f"{type(self).__name__}.split: matrix: expected shape {self.matrix_shape}, got {tuple(matrix.shape)}"
             )
         return self._split(matrix)
 
     def _split(self, matrix: Tensor) -> tuple[Tensor, ...]:
-        bias = self.bias
-        weight = matrix[..., : self.in_features].reshape(self.weight.shape)
-        return (weight, matrix[..., -1].reshape(bias.shape)) if self.has_bias and bias is not None else (weight,)
+        weight, bias = self.owners
+        if self.slices is not None:
+            weight, bias = self.weight, self.bias
+        if not self.has_bias:
+            return (_shaped(matrix, weight),)
+        part = _shaped(matrix[..., :-1], weight)
+        return (part,) if bias is None else (part, _shaped(matrix[..., -1], bias))
 
     def _covered(self) -> tuple[Tensor, ...]:
         weight, bias = self.owners
@@ -363,7 +369,7 @@ class LayerAdapter(ABC):
 
     def _matrix(self, parts: list[Tensor]) -> Tensor:
         weight = parts[0].reshape(self._grouped((self.out_features, self.in_features)))
-        return weight if len(parts) == 1 else torch.cat([weight, parts[1].reshape(*weight.shape[:-1], 1)], -1)
+        return weight if len(parts) == 1 else torch.cat((weight, parts[1].reshape(*weight.shape[:-1], 1)), -1)
 
     def __repr__(self) -> str:
         """Type and sizes."""
@@ -381,10 +387,16 @@ def accumulate(out: Tensor | None, rows: Tensor, bias: bool, scale: float = 1.0)
     return out
 
 
+def _shaped(tensor: Tensor, like: Tensor) -> Tensor:
+    """As `reshape_as`, without a call where there is nothing to do."""
+    return tensor if tensor.shape == like.shape else tensor.reshape_as(like)
+
+
 def _gradient_of(parameter: Tensor, module: nn.Module) -> Tensor:
-    if parameter.grad is None:
+    grad = parameter.grad
+    if grad is None:
         raise ValueError(
             f"LayerAdapter.gradient: a parameter of {module} has no .grad; run backward first, or leave the layer out "
             "of this step"
         )
-    return parameter.grad.detach()
+    return grad.detach()

@@ -11,6 +11,7 @@ from torch.autograd.graph import Node, get_gradient_edge
 
 from kronfac.curvature.clock import Clock, timed
 from kronfac.curvature.forward import Call, Forward, OutputEdge
+from kronfac.curvature.precision import without_autocast
 
 if TYPE_CHECKING:
     from kronfac.curvature.recorder import Recorder
@@ -58,7 +59,7 @@ class Capture:
         if self._fired:
             return
         self._fired = True
-        with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
+        with torch.no_grad(), without_autocast(gradient.device):
             forward.add_gradient(self._name, self._call, self._view.gradient(gradient))
 
 

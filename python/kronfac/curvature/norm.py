@@ -104,10 +104,14 @@ class NormAdapter(LayerAdapter):
 
     def _split(self, matrix: Tensor) -> tuple[Tensor, ...]:
         shape = self.weight.shape
+        if self.groups == 1 and len(shape) == 1:
+            return matrix.reshape(-1).split_with_sizes(self.parts[0])
         parts = torch.split_with_sizes(matrix, list(self.parts[0]), -2)
         return tuple(part.reshape(shape) for part in parts)
 
     def _matrix(self, parts: list[Tensor]) -> Tensor:
+        if self.groups == 1 and parts[0].dim() == 1:
+            return (parts[0] if len(parts) == 1 else torch.cat(parts)).unsqueeze(-1)
         columns = [part.reshape(*self._grouped((self.units // self.groups,)), 1) for part in parts]
         return columns[0] if len(columns) == 1 else torch.cat(columns, -2)
 

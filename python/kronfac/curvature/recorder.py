@@ -21,6 +21,7 @@ from kronfac.curvature.extra import ExtraStatistic
 from kronfac.curvature.forward import Call, Forward, OutputEdge, refuse_reentrant
 from kronfac.curvature.hooks import CloseHook, LayerHook, OpenHook, obstacle
 from kronfac.curvature.likelihood import Likelihood, resolve_likelihood
+from kronfac.curvature.precision import without_autocast
 from kronfac.curvature.rows import RowKeeper
 from kronfac.curvature.sharing import SHARINGS, set_sharing
 from kronfac.curvature.statistics import Pending
@@ -346,7 +347,7 @@ class Recorder:
             forward.ungraphed.append(name)
             return
         edge = place(output)
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        with torch.no_grad(), without_autocast(x.device):
             call = forward.enter(name, adapter, x, edge.view.shape, defer=self._mask is not None)
             call.kept = adapter.kept_by(output) if adapter.keeps_input else None
         if self._from_backward:
@@ -378,7 +379,7 @@ class Recorder:
         if not forward.calls or not logits.requires_grad:
             self._obstacles["its output depends on no trainable parameter"] += 1
             return
-        with torch.autocast(logits.device.type, enabled=False):
+        with without_autocast(logits.device):
             with torch.no_grad():
                 detached = logits.detach()
                 self.likelihood.check(detached)

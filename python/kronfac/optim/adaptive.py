@@ -285,7 +285,7 @@ def advance_adaptively(
         trial: the closure, evaluated once.
     """
     home = home_of(groups)
-    flags = [*sums_finite(fresh.values()), torch.tensor(math.isfinite(trial.loss))]
+    flags = [*sums_finite(fresh.values()), math.isfinite(trial.loss)]
     if not agree(flags, home):
         adaptation.distrust(groups)
         return Outcome(applied=False, cause="" if math.isfinite(trial.loss) else "the loss is")

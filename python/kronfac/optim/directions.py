@@ -32,8 +32,14 @@ def layer_gradient(layer: Layer, groups: Groups) -> Tensor:
 @timed("update")
 def clip_scales(layers: Sequence[Layer], done: Preconditioned, groups: Groups) -> list[Tensor | None]:
     """The KL clip's factor per param group, for the layers that are the group's own; None where nothing is clipped."""
+    result: list[Tensor | None] = [None] * len(groups)
+    if all(group["kl_clip"] is None for group in groups):
+        return result
     sets: dict[tuple[int, float], list[Tensor]] = {}
     for chosen, products in done.dots:
+        if len(groups) == 1:
+            sets.setdefault((0, float(groups[0]["lr"])), []).append(products)
+            continue
         members: dict[tuple[int, float], list[int]] = {}
         for place, position in enumerate(chosen):
             own = layers[position].groups
@@ -41,11 +47,10 @@ def clip_scales(layers: Sequence[Layer], done: Preconditioned, groups: Groups) -
             members.setdefault((own[0], lr), []).append(place)
         for key, places in members.items():
             part = products if len(places) == len(chosen) else torch.stack([products[place] for place in places])
-            sets.setdefault(key, []).append(part.sum())
+            sets.setdefault(key, []).append(part)
     keys = [key for key, sums in sets.items() for _ in sums]
     sums = [part for parts in sets.values() for part in parts]
     scales = kl_scales(sums, [lr for _, lr in keys], [groups[group]["kl_clip"] for group, _ in keys])
-    result: list[Tensor | None] = [None] * len(groups)
     for (group, _), scale in zip(keys, scales, strict=True):
         if scale is not None:
             result[group] = scale
@@ -57,6 +62,8 @@ def norm_constraint_scales(
 ) -> list[Tensor | None]:
     """The norm constraint's factor per param group, after the KL clip's; None where nothing is bounded."""
     result: list[Tensor | None] = [None] * len(groups)
+    if all(group["norm_constraint"] is None for group in groups):
+        return result
     sets: dict[tuple[int, torch.device, torch.dtype], list[Tensor]] = {}
     for layer, matrix in zip(layers, matrices, strict=True):
         if groups[layer.groups[0]]["norm_constraint"] is not None:

@@ -24,6 +24,7 @@ class GroupedOptimizer(Optimizer):
 
     def __init__(self, params: list[Any], defaults: dict[str, Any]) -> None:
         self._schedules: list[dict[str, Schedule]] = []
+        self._checked: list[dict[str, Any]] = []
         _evaluated("KFAC", defaults, 0)  # a bad default is reported even where every group overrides it
         super().__init__(params, defaults)
 
@@ -60,6 +61,8 @@ class GroupedOptimizer(Optimizer):
 
     def _resolve(self, step: int) -> None:
         """Evaluate the callables for this step and check every option as it now stands."""
+        if self._unchanged():
+            return
         resolved = []
         for index, (group, schedules) in enumerate(zip(self.param_groups, self._schedules, strict=True)):
             where = f"KFAC: params[{index}]"
@@ -73,6 +76,19 @@ class GroupedOptimizer(Optimizer):
             resolved.append(_evaluated(where, {**group, **schedules}, step))
         for group, values in zip(self.param_groups, resolved, strict=True):
             group.update(values)
+        self._checked = resolved
+
+    def _unchanged(self) -> bool:
+        """Whether every option is the very object that was checked last: these cannot change in place."""
+        return (
+            not any(self._schedules)
+            and len(self._checked) == len(self.param_groups)
+            and all(
+                group.get(name) is value
+                for group, values in zip(self.param_groups, self._checked, strict=True)
+                for name, value in values.items()
+            )
+        )
 
     def _upcoming(self, name: str, step: int) -> list[Any]:
         """One option of every group as it will be at a step."""

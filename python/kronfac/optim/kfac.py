@@ -15,6 +15,7 @@ from torch.optim.optimizer import ParamsT, StateDict
 
 from kronfac.curvature import Likelihood
 from kronfac.curvature.clock import Clock
+from kronfac.curvature.precision import without_autocast
 from kronfac.optim import adaptive as control
 from kronfac.optim import options, state_check
 from kronfac.optim import state as checkpoint
@@ -250,7 +251,7 @@ class KFAC(WatchingOptimizer):
                 loss = closure()
         timing = nullcontext() if self._clock is None else self._clock.active()
         try:
-            with torch.no_grad(), torch.autocast(self._home().type, enabled=False), timing:
+            with torch.no_grad(), without_autocast(self._home()), timing:
                 self._step(trial)
         finally:
             self._replayer.calls = []  # they hold the batch

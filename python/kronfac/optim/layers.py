@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import is_
 
 import torch
 from torch import Tensor, nn
@@ -187,7 +188,7 @@ def check_layers(layers: Iterable[Layer], groups: Groups) -> None:
     for layer in layers:
         if groups[layer.groups[0]]["sharing"] != layer.adapter.sharing:
             set_sharing(layer.name, layer.adapter, groups[layer.groups[0]]["sharing"])
-        if len(set(layer.groups)) == 1:
+        if layer.groups.count(layer.groups[0]) == len(layer.groups):
             continue
         for name in _ONE_VALUE_PER_LAYER:
             values = [groups[index][name] for index in layer.groups]
@@ -208,4 +209,4 @@ def _reason(owners: Sequence[tuple[str, nn.Module]]) -> str:
 
 def same_tensors(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
     """Whether two sequences hold the very same tensors."""
-    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
+    return len(one) == len(other) and all(map(is_, one, other))

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
+
+Flag: TypeAlias = "Tensor | bool"
+"""A verdict: a bool tensor () that nobody has waited for yet, or what is known already because it lay on the CPU."""
 
 
 def world_size() -> int:
@@ -20,13 +24,18 @@ def rank() -> int:
     return torch.distributed.get_rank() if world_size() > 1 else 0
 
 
-def agree(flags: Sequence[Tensor], home: torch.device) -> bool:
+def agree(flags: Sequence[Flag], home: torch.device) -> bool:
     """Read the flags from the device. Under a process group every rank must be sound, so that none runs ahead."""
+    known = all(flag for flag in flags if isinstance(flag, bool))
+    waiting = [flag for flag in flags if not isinstance(flag, bool)]
     alone = world_size() == 1
-    if not flags and alone:
-        return True
-    verdict = torch.stack([flag.to(home, non_blocking=True) for flag in flags or [torch.tensor(True)]]).all()
+    if alone and not (known and waiting):
+        return known
+    if not waiting:
+        waiting.append(torch.tensor(known))
+    verdict = torch.stack([flag.to(home, non_blocking=True) for flag in waiting]).all()
     if not alone:
+        verdict = verdict & known
         votes = verdict.to(torch.int32)
         torch.distributed.all_reduce(votes, torch.distributed.ReduceOp.MIN)
         verdict = votes != 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -12,13 +13,16 @@ from torch import Tensor
 from kronfac.curvature import GradientRows, ScaledSums
 from kronfac.curvature.clock import timed
 from kronfac.curvature.statistics import diagonal
+from kronfac.optim import reading
 from kronfac.optim.chains import average_links
 from kronfac.optim.layers import Layer
+from kronfac.optim.ranks import Flag
 from kronfac.optim.structures import Averages, Factorisation, Kind, Structures
 from kronfac.optim.structures.tridiagonal import apply_chains
 
 _T = TypeVar("_T")
 _SMALL = 4096  # elements; the passes over smaller tensors cost less together than the calls
+_FEW = 256  # elements; to read fewer costs less than any operator
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,8 @@ def average(layers: Sequence[Layer], fresh: Mapping[str, ScaledSums], factor_dec
     Returns:
         The new averages of the layers in `fresh`, and of layers that share something with one of them.
     """
+    if not fresh:
+        return {}
     shared = average_links(layers, fresh, factor_decay)  # before the sums are taken over
     result = {}
     for layer in layers:
@@ -176,37 +182,44 @@ def precondition(
     return Preconditioned(matrices, dots)
 
 
-def all_finite(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Whether all entries are finite: one bool tensor () per dtype and device, without host synchronisation."""
+def is_finite(tensor: Tensor) -> Flag:
+    """Whether all entries of a real tensor are finite, without waiting for an accelerator."""
+    if not reading.at_hand(tensor):
+        return tensor.isfinite().all()
+    # There isfinite is five passes by as many kernels. An extreme value is NaN or infinite as soon as one entry is.
+    return all(map(math.isfinite, tensor.tolist() if tensor.numel() <= _FEW else map(float, tensor.aminmax())))
+
+
+def all_finite(tensors: Iterable[Tensor]) -> list[Flag]:
+    """Whether all entries are finite: one verdict per dtype and device, without host synchronisation."""
     full = [
         torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
         for tensor in tensors
         if tensor.numel()
     ]
-    flags = []
+    flags: list[Flag] = []
     for chosen in _buckets((tensor.dtype, tensor.device) for tensor in full):
         some = [full[i] for i in chosen]
-        # An extreme value is NaN or infinite as soon as one entry is.
-        if some[0].is_cpu:
+        if reading.at_hand(some[0]):
             # The infinity norm is not vectorised there: it takes ten times as long as the extremes.
             small = [tensor.flatten() for tensor in some if tensor.numel() <= _SMALL]
             large = [tensor for tensor in some if tensor.numel() > _SMALL]
             joined = [torch.cat(small)] if small else []
-            extremes = [extreme for tensor in [*joined, *large] for extreme in tensor.aminmax()]
+            flags += map(is_finite, [*joined, *large])
         else:
-            extremes = list(torch._foreach_norm(some, float("inf")))  # one fused pass over many tensors
-        flags.append(torch.stack(extremes).isfinite().all())
+            norms = torch._foreach_norm(some, float("inf"))  # one fused pass over many tensors
+            flags.append(is_finite(torch.stack(list(norms))))
     return flags
 
 
 @timed("statistics")
-def sums_finite(fresh: Iterable[ScaledSums]) -> list[Tensor]:
-    """Whether fresh statistics are finite: one bool tensor () per dtype and device, without host synchronisation."""
+def sums_finite(fresh: Iterable[ScaledSums]) -> list[Flag]:
+    """Whether fresh statistics are finite: one verdict per dtype and device, without host synchronisation."""
     # A non-finite entry of a row reaches the diagonal, a sum of squares, of its second moment; it is all that is read.
     fresh = list(fresh)
     diagonals = [diagonal(factor) for sums in fresh for factor in (sums.A_sum, sums.G_sum)]
     buckets = _buckets((some.dtype, some.device) for some in diagonals)
-    flags = [torch.cat([diagonals[i] for i in chosen]).isfinite().all() for chosen in buckets]
+    flags = [is_finite(torch.cat([diagonals[i] for i in chosen])) for chosen in buckets]
     return flags + all_finite(total for sums in fresh for total, _ in sums.extra.values())
 
 

@@ -16,7 +16,7 @@ from kronfac.optim.chains import link_layers, successors
 from kronfac.optim.directions import clip_scales, layer_gradient, move, norm_constraint_scales, products
 from kronfac.optim.groups import Groups, all_parameters, home_of, l2
 from kronfac.optim.layers import Layer
-from kronfac.optim.ranks import agree
+from kronfac.optim.ranks import Flag, agree
 from kronfac.optim.refresh import (
     Average,
     Preconditioned,
@@ -24,6 +24,7 @@ from kronfac.optim.refresh import (
     average,
     carry,
     factorise,
+    is_finite,
     precondition,
     sums_finite,
 )
@@ -83,7 +84,7 @@ def advance(
         background: makes inverses of layers that have one already for a later step; None makes all of them now.
     """
     home = home_of(groups)
-    flags = sums_finite(fresh.values())
+    flags = sums_finite(fresh.values()) if fresh else []
     if found_inf is not None:
         flags.append(found_inf.reshape(()) == 0)
 
@@ -140,12 +141,16 @@ class Proposal:
     done: Preconditioned
     bare: tuple[str, ...]
 
-    def finite(self, groups: Groups) -> list[Tensor]:
-        """Bool tensors () that are all true where preconditioned gradients and the plain ones are finite."""
+    def finite(self, groups: Groups) -> list[Flag]:
+        """Verdicts that are all true where preconditioned gradients and the plain ones are finite."""
         # A non-finite entry of V makes ⟨P, V⟩ non-finite: P holds its products with whole rows and columns of inverses.
-        flags = [products.isfinite().all() for _, products in self.done.dots]
-        seen = {id(p) for layer in self.ready if layer.adapter.slices is None for p in layer.parameters}
-        rest = [p.grad for p in all_parameters(groups) if p.grad is not None and id(p) not in seen]
+        flags = [is_finite(products) for _, products in self.done.dots]
+        parameters = all_parameters(groups)
+        whole = [layer.parameters for layer in self.ready if layer.adapter.slices is None]
+        if sum(map(len, whole)) == len(parameters):  # no parameter is in two layers: these are all
+            return flags
+        seen = {id(p) for some in whole for p in some}
+        rest = [p.grad for p in parameters if p.grad is not None and id(p) not in seen]
         return [*flags, *all_finite(rest)]
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from kronfac.optim import reading
 
 MOMENTUM = "momentum_buffer"
 """Key of the momentum buffer in the optimizer's state, as in torch.optim.SGD."""
@@ -19,7 +22,7 @@ def kl_scales(dots: Sequence[Tensor], lrs: Sequence[float], clips: Sequence[floa
     one κ this is the usual clip over all layers; sets with different κ share the sum and differ in κ only.
 
     Args:
-        dots: Σ_l ⟨P_l, V_l⟩ per set, 0-dimensional, on any devices.
+        dots: ⟨P_l, V_l⟩ of the layers of each set, of any shape, on any devices.
         lrs: learning rate per set.
         clips: κ per set; None leaves the set alone and out of the sum.
 
@@ -29,11 +32,19 @@ def kl_scales(dots: Sequence[Tensor], lrs: Sequence[float], clips: Sequence[floa
     clipped = [index for index, clip in enumerate(clips) if clip is not None]
     if not clipped:
         return [None] * len(clips)
+    scales: list[Tensor | None] = [None] * len(clips)
+    if all(reading.at_hand(dots[index]) for index in clipped):
+        sums = sum(sum(dots[index].flatten().tolist()) * lrs[index] * lrs[index] for index in clipped)
+        for index in clipped:
+            clip = clips[index]
+            assert clip is not None
+            scale = 1.0 if sums <= 0 else min(math.sqrt(clip / sums), 1.0)
+            scales[index] = torch.tensor(scale, dtype=dots[index].dtype)
+        return scales
     home = dots[clipped[0]].device
-    total = torch.stack([(dots[index] * lrs[index] ** 2).to(home, non_blocking=True) for index in clipped]).sum()
+    total = torch.stack([(dots[index].sum() * lrs[index] ** 2).to(home, non_blocking=True) for index in clipped]).sum()
     # The sum is a sum of squares in exact arithmetic; rounding may leave it just below zero, and κ/0 gives ν = 1.
     total = total.clamp(min=0)
-    scales: list[Tensor | None] = [None] * len(clips)
     for index in clipped:
         clip = clips[index]
         assert clip is not None
@@ -151,18 +162,23 @@ def apply_update(
 def _add(
     tensors: Sequence[Tensor], others: Sequence[Tensor], scales: Sequence[Tensor | None], alpha: float = 1.0
 ) -> None:
-    """Add alpha·scale·other to each tensor. The scales are not read: on an accelerator the host would wait."""
+    """Add alpha·scale·other to each tensor. On an accelerator the scales are not read: the host would wait."""
     scaled: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
-    plain: tuple[list[Tensor], list[Tensor]] = ([], [])
+    plain: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+    last: Tensor | None = None
+    factor = 1.0
     for tensor, other, scale in zip(tensors, others, scales, strict=True):
-        if scale is None:
-            plain[0].append(tensor)
-            plain[1].append(other)
-        else:
+        if scale is not last:  # one scale for all the parameters of a group is the rule
+            last, factor = scale, float(scale) if scale is not None and reading.at_hand(scale) else 1.0
+        if scale is not None and not reading.at_hand(scale):
             scaled[0].append(tensor)
             scaled[1].append(other)
             scaled[2].append(scale)
-    if plain[0]:
-        torch._foreach_add_(*plain, alpha=alpha)
+            continue
+        members = plain.setdefault(factor, ([], []))
+        members[0].append(tensor)
+        members[1].append(other)
+    for factor, (some, added) in plain.items():
+        torch._foreach_add_(some, added, alpha=alpha * factor)
     if scaled[0]:
         torch._foreach_addcmul_(*scaled, value=alpha)

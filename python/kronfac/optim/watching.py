@@ -236,6 +236,8 @@ class WatchingOptimizer(GroupedOptimizer):
 
     def _due(self, fresh: dict[str, ScaledSums]) -> dict[str, ScaledSums]:
         """Leave out layers whose group takes no statistics at this step, while another group's does."""
+        if not fresh:
+            return fresh
         step = self._counters["step"]
         due = {
             layer.name

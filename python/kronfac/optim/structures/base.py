@@ -164,5 +164,6 @@ def per_layer(values: Sequence[float], like: Sequence[Tensor]) -> Tensor:
 
 def finish(grads: Sequence[Tensor], out: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
     """The results of `Structure.apply`: P in the dtype of V, and ⟨P, V⟩ of P before it is rounded to that."""
-    dots = [(p * grad).sum() for p, grad in zip(out, grads, strict=True)]
-    return [p.to(grad.dtype) for p, grad in zip(out, grads, strict=True)], torch.stack(dots)
+    dots = [products.sum() for products in torch._foreach_mul(list(out), list(grads))]
+    rounded = [p if p.dtype == grad.dtype else p.to(grad.dtype) for p, grad in zip(out, grads, strict=True)]
+    return rounded, torch.stack(dots)
