@@ -149,7 +149,7 @@ def precondition(
         rows: that may form V of a layer; tested here.
         following: the position of each layer's successor in a chain, or nothing.
     """
-    matrices: list[Tensor] = [torch.empty(0)] * len(grads)
+    matrices: dict[int, Tensor] = {}
     dots: list[tuple[list[int], Tensor]] = []
     rest: list[int] = []
     for index, (some, factorisation) in enumerate(zip(rows, factorisations, strict=True)):
@@ -179,7 +179,7 @@ def precondition(
         for index, matrix in zip(layers, out, strict=True):
             matrices[index] = matrix
         dots.append((layers, products))
-    return Preconditioned(matrices, dots)
+    return Preconditioned([matrices[index] for index in range(len(grads))], dots)
 
 
 def is_finite(tensor: Tensor) -> Flag:

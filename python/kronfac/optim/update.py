@@ -39,7 +39,7 @@ def kl_scales(dots: Sequence[Tensor], lrs: Sequence[float], clips: Sequence[floa
             clip = clips[index]
             assert clip is not None
             scale = 1.0 if sums <= 0 else min(math.sqrt(clip / sums), 1.0)
-            scales[index] = torch.tensor(scale, dtype=dots[index].dtype)
+            scales[index] = torch.full((), scale, dtype=dots[index].dtype)
         return scales
     home = dots[clipped[0]].device
     total = torch.stack([(dots[index].sum() * lrs[index] ** 2).to(home, non_blocking=True) for index in clipped]).sum()
