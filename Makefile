@@ -47,14 +47,17 @@ $(VENV)/.frameworks: $(VENV)/.tools
 	touch $@
 
 # Tests are thousands of small operations and say themselves where they want threads; with two by default, each waits for the
-# other on a busy machine.
+# other on a busy machine. Instead there is one process a core, up to eight: more would spend their time importing torch.
+# A module's tests stay in one process (loadscope), and so do its fixtures. WORKERS=0 runs all tests in this one, for pdb.
+WORKERS ?= $(shell n=$$(nproc); if [ $$n = 1 ]; then echo 0; else echo $$((n < 8 ? n : 8)); fi)
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(PY) -m pytest
+PARALLEL := -n $(WORKERS) --dist loadscope
 
 # The kernels are chosen at load time, so the operator tests run once per instruction set.
 test: build $(VENV)/.oracles
-	$(PYTEST) -m "not slow" tests
+	$(PYTEST) $(PARALLEL) -m "not slow" tests
 	@set -e; for isa in $$($(PY) -c "from kronfac import _host; print(*_host.instruction_sets()[:-1])"); do \
-	  echo "== operators under KRONFAC_ISA=$$isa"; KRONFAC_ISA=$$isa $(PYTEST) -m "not slow" tests/ops; done
+	  echo "== operators under KRONFAC_ISA=$$isa"; KRONFAC_ISA=$$isa $(PYTEST) $(PARALLEL) -m "not slow" tests/ops; done
 
 test-slow: build $(VENV)/.oracles $(VENV)/.frameworks
 	$(PYTEST) -m slow tests
