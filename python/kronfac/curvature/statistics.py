@@ -237,4 +237,6 @@ def _empty(shape: tuple[int, ...], adapter: LayerAdapter) -> Tensor:
 
 def diagonal(factor: Tensor) -> Tensor:
     """The diagonal of a factor or of each group's, flat; a diagonal factor is its own."""
+    if factor.dim() == 2:
+        return factor.diagonal()
     return factor if factor.dim() == 1 else factor.diagonal(dim1=-2, dim2=-1).flatten()
