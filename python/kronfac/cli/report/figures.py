@@ -2,46 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
-from kronfac.cli.errors import RunError
-
-try:
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
-except ModuleNotFoundError:
-    raise RunError("plots need matplotlib; run `pip install 'kronfac[demo]'`") from None
+from kronfac.cli.report.theme import DARK as DARK
+from kronfac.cli.report.theme import LIGHT as LIGHT
+from kronfac.cli.report.theme import PercentFormatter, Theme, axes_of, density_curve, png_of
 
 NAMES = {"sgd": "SGD + momentum", "kfac": "K-FAC"}
-_DPI = 160
-
-
-@dataclass(frozen=True)
-class Theme:
-    """Colours of one variant.
-
-    Attributes:
-        background: of figure and axes.
-        ink: text and axes.
-        faint: grid lines.
-        colours: per optimizer; told apart by lightness too, and by people who do not see red and green.
-    """
-
-    background: str
-    ink: str
-    faint: str
-    colours: dict[str, str]
-
-
-LIGHT = Theme("#ffffff", "#1f2430", "#d9dde5", {"sgd": "#d1620a", "kfac": "#0b62c4"})
-DARK = Theme("#171b23", "#e4e8f0", "#39414f", {"sgd": "#ffa65c", "kfac": "#62b0ff"})
 
 
 def draw_all(report: dict[str, Any], theme: Theme = LIGHT) -> dict[str, bytes]:
@@ -66,7 +35,7 @@ def draw_all(report: dict[str, Any], theme: Theme = LIGHT) -> dict[str, bytes]:
 
 def loss_against_steps(report: dict[str, Any], theme: Theme) -> bytes:
     """Training loss, all seeds and their median, with SGD's final loss as a line to cross."""
-    with _axes(theme) as (figure, axes):
+    with axes_of(theme) as (figure, axes):
         _loss_curves(axes, report, theme, lambda run: _steps(run))
         summary = report["summary"]
         reached = summary["kfac_epochs_to_sgd_final_loss"]
@@ -84,20 +53,20 @@ def loss_against_steps(report: dict[str, Any], theme: Theme) -> bytes:
                 fontsize=9.5,
             )
         axes.set_xlabel("optimizer steps")
-    return _png(figure)
+    return png_of(figure)
 
 
 def loss_against_seconds(report: dict[str, Any], theme: Theme) -> bytes:
     """Training loss against the time spent training."""
-    with _axes(theme) as (figure, axes):
+    with axes_of(theme) as (figure, axes):
         _loss_curves(axes, report, theme, lambda run: [0.0, *run["seconds_at_epoch"]])
         axes.set_xlabel("seconds of training (evaluation left out)")
-    return _png(figure)
+    return png_of(figure)
 
 
 def accuracy_against_steps(report: dict[str, Any], theme: Theme) -> bytes:
     """Test accuracy, with the vertical axis cut at what all runs are above in their second half."""
-    with _axes(theme) as (figure, axes):
+    with axes_of(theme) as (figure, axes):
         lowest = 1.0
         for optimizer, runs in _by_optimizer(report):
             for run in runs:
@@ -110,12 +79,12 @@ def accuracy_against_steps(report: dict[str, Any], theme: Theme) -> bytes:
         axes.set_xlabel("optimizer steps")
         axes.set_ylabel("test accuracy")
         _legend(axes, theme)
-    return _png(figure)
+    return png_of(figure)
 
 
 def loss_against_rates(report: dict[str, Any], theme: Theme) -> bytes:
     """Every setting that was tried: final training loss against the rate."""
-    with _axes(theme) as (figure, axes):
+    with axes_of(theme) as (figure, axes):
         dampings = sorted({c["damping"] for c in report["grid"] if c["optimizer"] == "kfac"})
         series = [("sgd", None, "o", "-")]
         series += [("kfac", d, m, s) for d, m, s in zip(dampings, "sD^vP*", ["-", "--", ":", "-."] * 2, strict=False)]
@@ -150,46 +119,21 @@ def loss_against_rates(report: dict[str, Any], theme: Theme) -> bytes:
         axes.set_xlabel("learning rate (circled: chosen)")
         axes.set_ylabel("final training loss")
         axes.legend(frameon=False, labelcolor=theme.ink, fontsize=9)
-    return _png(figure)
+    return png_of(figure)
 
 
 def densities(report: dict[str, Any], theme: Theme) -> bytes:
     """The spectral density of each result, with ticks at the leading eigenvalues."""
     spectra = [s for s in report["spectra"] if s["density"] is not None]
-    with _axes(theme, panels=max(1, len(spectra)), size=(10.4, 4.0)) as (figure, panels):
+    with axes_of(theme, panels=max(1, len(spectra)), size=(10.4, 4.0)) as (figure, panels):
         for axes, spectrum in zip(panels, spectra, strict=False):
             colour = theme.colours[spectrum["optimizer"]]
-            grid, values = spectrum["density"]["grid"], spectrum["density"]["values"]
-            # An eigenvalue of multiplicity one is a Gaussian of this height; far below it there is nothing to see.
-            single = 1.0 / (spectrum["parameters"] * spectrum["density"]["sigma"] * (2 * 3.141592653589793) ** 0.5)
-            floor = 0.03 * single
-            shown = [max(value, floor) for value in values]
-            axes.fill_between(grid, floor, shown, color=colour, alpha=0.22, linewidth=0)
-            axes.plot(grid, shown, color=colour, linewidth=1.3)
-            axes.plot(
-                spectrum["top_eigenvalues"],
-                [floor * 1.6] * len(spectrum["top_eigenvalues"]),
-                "|",
-                color=theme.ink,
-                markersize=9,
-                label=f"top {len(spectrum['top_eigenvalues'])} eigenvalues",
-            )
-            axes.set_yscale("log")
-            axes.set_ylim(floor, 4 * max(values))
+            density_curve(axes, spectrum, colour, theme)
             axes.set_title(NAMES[spectrum["optimizer"]], color=theme.ink, fontsize=11, loc="left")
-            axes.xaxis.set_major_locator(MaxNLocator(6))
-            axes.ticklabel_format(axis="x", style="sci", scilimits=(-2, 3), useMathText=True)
             axes.set_xlabel("eigenvalue of the Hessian")
             axes.legend(frameon=False, labelcolor=theme.ink, fontsize=9)
         panels[0].set_ylabel("density")
-    return _png(figure)
-
-
-def result_figure(result: Any) -> bytes:
-    """The plot that a result of `kronfac.spectrum` draws of itself."""
-    with _axes(LIGHT) as (figure, axes):
-        result.plot(axes)
-    return _png(figure)
+    return png_of(figure)
 
 
 def _loss_curves(axes: Any, report: dict[str, Any], theme: Theme, at: Callable[[Any], list[float]]) -> None:
@@ -235,37 +179,3 @@ def _steps(run: dict[str, Any]) -> list[float]:
 
 def _losses(run: dict[str, Any]) -> list[float]:
     return [run["initial_train_loss"], *run["train_loss"]]
-
-
-@contextmanager
-def _axes(theme: Theme, panels: int = 1, size: tuple[float, float] = (6.6, 4.2)) -> Iterator[tuple[Figure, Any]]:
-    style: dict[Any, Any] = {
-        "font.size": 10,
-        "axes.grid": True,
-        "axes.grid.which": "major",
-        "axes.axisbelow": True,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "grid.color": theme.faint,
-        "grid.linewidth": 0.7,
-        "axes.edgecolor": theme.ink,
-        "axes.labelcolor": theme.ink,
-        "text.color": theme.ink,
-        "xtick.color": theme.ink,
-        "ytick.color": theme.ink,
-        "figure.facecolor": theme.background,
-        "axes.facecolor": theme.background,
-        "savefig.facecolor": theme.background,
-    }
-    # Not pyplot: no global figure list, no display, and the caller's own settings stay as they are.
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=size, layout="constrained")
-        FigureCanvasAgg(figure)
-        found = figure.subplots(1, panels, squeeze=False)[0]
-        yield figure, found if panels > 1 else found[0]
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=_DPI)
-    return buffer.getvalue()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
-from importlib.resources import files
 from typing import Any
 
 from kronfac.cli.report.figures import NAMES
+from kronfac.cli.report.html import card, document, facts, figure_in_both, number, table
 
 
 def render(report: Mapping[str, Any], light: Mapping[str, bytes], dark: Mapping[str, bytes]) -> str:
@@ -22,15 +21,9 @@ def render(report: Mapping[str, Any], light: Mapping[str, bytes], dark: Mapping[
     Returns:
         An HTML document that refers to nothing outside itself.
     """
-    style = files("kronfac.cli.report").joinpath("style.css").read_text(encoding="utf-8")
 
     def figure(name: str, text: str, caption: str, wide: bool = False) -> str:
-        return (
-            f"<figure{' class=wide' if wide else ''}><picture>"
-            f'<source media="(prefers-color-scheme: dark)" srcset="{_data_url(dark[name])}">'
-            f'<img src="{_data_url(light[name])}" alt="{escape(text)}"></picture>'
-            f"<figcaption>{escape(caption)}</figcaption></figure>"
-        )
+        return figure_in_both(light[name], dark[name], text, caption, wide=wide)
 
     config = report["config"]
     curves = [
@@ -74,18 +67,9 @@ def render(report: Mapping[str, Any], light: Mapping[str, bytes], dark: Mapping[
         *[_spectrum_table(spectrum) for spectrum in report["spectra"]],
         "</div>",
         "<h2>Machine and versions</h2>",
-        f"<div class=box>{_facts(report['environment'])}</div>",
+        f"<div class=box>{facts(report['environment'])}</div>",
     ]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>kronfac demo: {escape(config['dataset'])}</title><style>\n{style}</style></head>\n"
-        f"<body><main>\n{chr(10).join(body)}\n</main></body></html>\n"
-    )
-
-
-def _data_url(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+    return document(f"kronfac demo: {config['dataset']}", body)
 
 
 def _headline(report: Mapping[str, Any]) -> str:
@@ -94,13 +78,13 @@ def _headline(report: Mapping[str, Any]) -> str:
     if reached is None:
         return (
             f"In {epochs} epochs <b class=kfac>K-FAC</b> did not reach the training loss that <b class=sgd>SGD with "
-            f"momentum</b> ends at (median {_number(summary['kfac_final_train_loss'])} against "
-            f"{_number(summary['sgd_final_train_loss'])})."
+            f"momentum</b> ends at (median {number(summary['kfac_final_train_loss'])} against "
+            f"{number(summary['sgd_final_train_loss'])})."
         )
     return (
         f"<b class=kfac>K-FAC</b> reaches the training loss at which <b class=sgd>SGD with momentum</b> ends "
-        f"({_number(summary['sgd_final_train_loss'])}) after <b>{reached} of {epochs} epochs</b>, in "
-        f"{_number(summary['seconds_ratio'])} times the time of SGD's whole run."
+        f"({number(summary['sgd_final_train_loss'])}) after <b>{reached} of {epochs} epochs</b>, in "
+        f"{number(summary['seconds_ratio'])} times the time of SGD's whole run."
     )
 
 
@@ -126,8 +110,8 @@ def _cards(report: Mapping[str, Any]) -> str:
         ),
         (
             "Final training loss",
-            f"<span class=kfac>{_number(summary['kfac_final_train_loss'])}</span> "
-            f"<span class=soft>vs</span> <span class=sgd>{_number(summary['sgd_final_train_loss'])}</span>",
+            f"<span class=kfac>{number(summary['kfac_final_train_loss'])}</span> "
+            f"<span class=soft>vs</span> <span class=sgd>{number(summary['sgd_final_train_loss'])}</span>",
             "K-FAC and SGD",
             None,
         ),
@@ -140,20 +124,12 @@ def _cards(report: Mapping[str, Any]) -> str:
         ),
         (
             "Worst eigenpair residual",
-            _number(worst),
+            number(worst),
             "relative to the top eigenvalue; target: at most 1e-3",
             targets["residuals"],
         ),
     ]
-    return "<div class=cards>" + "".join(_card(*card) for card in cards) + "</div>"
-
-
-def _card(label: str, value: str, note: str, met: bool | None) -> str:
-    verdict = "" if met is None else ('<b class="met"> ✓ met</b>' if met else '<b class="missed"> ✗ missed</b>')
-    return (
-        f"<div class=card><div class=label>{escape(label)}</div><div class=value>{value}</div>"
-        f"<div class=note>{escape(note)}{verdict}</div></div>"
-    )
+    return "<div class=cards>" + "".join(card(*each) for each in cards) + "</div>"
 
 
 def _grids(report: Mapping[str, Any]) -> str:
@@ -169,7 +145,7 @@ def _grids(report: Mapping[str, Any]) -> str:
             is_chosen = one["lr"] == chosen["lr"] and one.get("damping") == chosen.get("damping")
             cells = [f"{one['lr']:g}", *([f"{one['damping']:g}"] if with_damping else [])]
             losses = [one["median_final_train_loss"], *one["final_train_loss"]]
-            median, *each = ["diverged" if loss is None else _number(loss) for loss in losses]
+            median, *each = ["diverged" if loss is None else number(loss) for loss in losses]
             cells += [median, " · ".join(each)]
             rows.append((cells, "chosen" if is_chosen else ""))
         used = ", ".join(
@@ -178,7 +154,7 @@ def _grids(report: Mapping[str, Any]) -> str:
             if key not in ("optimizer", "median_final_train_loss", "final_train_loss", "diverged")
         )
         boxes.append(
-            f'<div class=box><h3 class="{optimizer}">{escape(name)}: {len(rows)} settings</h3>{_table(head, rows)}'
+            f'<div class=box><h3 class="{optimizer}">{escape(name)}: {len(rows)} settings</h3>{table(head, rows)}'
             f"<p class=soft>Chosen: {escape(used)}</p></div>"
         )
     return f"<div class=boxes>{''.join(boxes)}</div>"
@@ -197,40 +173,16 @@ def _spectrum_text(report: Mapping[str, Any]) -> str:
 def _spectrum_table(spectrum: Mapping[str, Any]) -> str:
     columns = (spectrum["top_eigenvalues"], spectrum["residuals"], spectrum["relative_residuals"])
     rows = [
-        ([str(rank), _number(value, 5), _number(residual), _number(relative)], "")
+        ([str(rank), number(value, 5), number(residual), number(relative)], "")
         for rank, (value, residual, relative) in enumerate(zip(*columns, strict=True), start=1)
     ]
     optimizer = spectrum["optimizer"]
     return (
         f'<div class=box><h3 class="{optimizer}">{escape(NAMES[optimizer])} (seed {spectrum["seed"]})</h3>'
-        f"{_table(['rank', 'eigenvalue', 'residual', 'relative'], rows)}"
-        f"<p>Trace {_number(spectrum['trace'], 4)} ± {_number(spectrum['trace_stderr'], 2)} "
+        f"{table(['rank', 'eigenvalue', 'residual', 'relative'], rows)}"
+        f"<p>Trace {number(spectrum['trace'], 4)} ± {number(spectrum['trace_stderr'], 2)} "
         f"<span class=soft>({spectrum['trace_probes']} probes)</span></p></div>"
     )
-
-
-def _table(head: Sequence[str], rows: Iterable[tuple[Sequence[str], str]]) -> str:
-    lines = ["<table><thead><tr>", *[f"<th>{escape(cell)}</th>" for cell in head], "</tr></thead><tbody>"]
-    for cells, kind in rows:
-        lines.append(f'<tr class="{kind}">' if kind else "<tr>")
-        lines += [f"<td>{escape(cell)}</td>" for cell in cells]
-        lines.append("</tr>")
-    return "".join([*lines, "</tbody></table>"])
-
-
-def _facts(environment: Mapping[str, Any]) -> str:
-    rows = []
-    for key, value in environment.items():
-        if isinstance(value, Mapping):
-            value = ", ".join(f"{name} {item}" for name, item in value.items())
-        elif isinstance(value, list | tuple):
-            value = " ".join(map(str, value))
-        rows.append(f"<tr><td>{escape(key.replace('_', ' '))}</td><td>{escape(str(value))}</td></tr>")
-    return f"<table class=facts><tbody>{''.join(rows)}</tbody></table>"
-
-
-def _number(value: float | None, digits: int = 3) -> str:
-    return "–" if value is None else f"{value:.{digits}g}"
 
 
 def _plain(value: Any) -> str:
