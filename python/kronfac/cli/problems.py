@@ -7,10 +7,10 @@ import os
 import random
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -19,6 +19,10 @@ from torch import Tensor, nn
 from kronfac import datasets
 from kronfac.cli.errors import UsageError, one_line
 from kronfac.cli.networks import network_for
+from kronfac.cli.user_problem import UserProblem
+
+if TYPE_CHECKING:
+    from kronfac.curvature import Likelihood
 
 Loader: TypeAlias = Iterable[tuple[Any, Any]]
 LossFunction: TypeAlias = Callable[[Any, Any], Tensor]
@@ -35,6 +39,9 @@ class Problem:
         train: batches (inputs, targets); may shuffle.
         test: batches for testing, or None.
         ordered: the training batches in a fixed order, or None where only a loader that may shuffle is known.
+        likelihood: what the loss is the negative logarithm of, or None where that is not known.
+        batch_size: callable(inputs, targets) giving what a batch counts for; None for its number of examples.
+        groups: names of parameters or modules by group, or None for one group per module.
     """
 
     name: str
@@ -43,6 +50,9 @@ class Problem:
     train: Loader
     test: Loader | None
     ordered: Loader | None
+    likelihood: str | Likelihood | None = None
+    batch_size: Callable[[Any, Any], float] | None = None
+    groups: Mapping[str, Iterable[str]] | None = None
 
     @property
     def parameters(self) -> int:
@@ -105,6 +115,7 @@ def builtin_problem(
         # Without gradients a larger batch costs no memory to speak of.
         test=datasets.Batches(data.test, max(batch_size, 1024), device=device),
         ordered=datasets.Batches(data.train, max(batch_size, 1024), device=device),
+        likelihood="categorical",
     )
 
 
@@ -112,12 +123,23 @@ def fixed_batches(problem: Problem, examples: int | None = None) -> list[tuple[A
     """The first `examples` training examples (all by default) as a list of batches that stays the same.
 
     A loader that shuffles is read once, so that every product sees the same data in the same order.
+
+    Raises:
+        UsageError: no batches, batches that are no pairs, or that cannot be read or cut.
     """
-    source = problem.ordered if problem.ordered is not None else problem.train
+    return _first(problem, problem.ordered if problem.ordered is not None else problem.train, examples, "training")
+
+
+def fixed_test_batches(problem: Problem, examples: int | None = None) -> list[tuple[Any, Any]] | None:
+    """The same of the test examples, or None where there are none."""
+    return None if problem.test is None else _first(problem, problem.test, examples, "test")
+
+
+def _first(problem: Problem, source: Loader, examples: int | None, role: str) -> list[tuple[Any, Any]]:
     device = next(problem.model.parameters()).device
     kept: list[tuple[Any, Any]] = []
     missing = examples
-    for inputs, targets in source:
+    for inputs, targets in _pairs(problem.name, source, role):
         inputs, targets = to_device(inputs, device), to_device(targets, device)
         if missing is not None:
             count = count_examples(targets)
@@ -130,8 +152,34 @@ def fixed_batches(problem: Problem, examples: int | None = None) -> list[tuple[A
         if missing == 0:
             break
     if not kept:
-        raise UsageError(f"{problem.name}: the training loader yields no batch")
+        raise UsageError(f"{problem.name}: the {role} loader yields no batch")
     return kept
+
+
+def _pairs(name: str, source: Loader, role: str) -> Iterator[tuple[Any, Any]]:
+    try:
+        for number, batch in enumerate(source):
+            if not isinstance(batch, tuple | list) or len(batch) != 2:
+                got = f"{len(batch)} values" if isinstance(batch, tuple | list) else type(batch).__name__
+                raise UsageError(f"{name}: batch {number} of the {role} data: expected (inputs, targets), got {got}")
+            yield batch[0], batch[1]
+    except (UsageError, GeneratorExit):
+        raise
+    except Exception as error:
+        raise UsageError(blame(f"{name}: reading the {role} data failed", error)) from None
+
+
+def known_likelihood(problem: Problem) -> str | Likelihood:
+    """What the problem's loss is the negative logarithm of.
+
+    Raises:
+        UsageError: nobody has said so, and a guess would give the Fisher matrix of another distribution.
+    """
+    if problem.likelihood is None:
+        raise UsageError(
+            f"--operator fisher: of what is {problem.name}'s loss the negative logarithm? Say so with --likelihood"
+        )
+    return problem.likelihood
 
 
 def set_epoch(loader: Loader, epoch: int) -> None:
@@ -187,42 +235,69 @@ def _custom(name: str, device: torch.device) -> Problem:
     except ModuleNotFoundError as error:
         if error.name is not None and (module_name == error.name or module_name.startswith(error.name + ".")):
             raise UsageError(f"{name}: there is no module {error.name!r} here or among the installed ones") from None
-        raise UsageError(_blame(f"{name}: importing {module_name} failed", error)) from None
+        raise UsageError(blame(f"{name}: importing {module_name} failed", error)) from None
     except Exception as error:
-        raise UsageError(_blame(f"{name}: importing {module_name} failed", error)) from None
+        raise UsageError(blame(f"{name}: importing {module_name} failed", error)) from None
     function = getattr(module, function_name, None)
     if not callable(function):
         raise UsageError(f"{name}: {module_name} has no function {function_name!r}")
     try:
         result = function()
     except Exception as error:
-        raise UsageError(_blame(f"{name} failed", error)) from None
+        raise UsageError(blame(f"{name} failed", error)) from None
     return _checked(name, result, device)
 
 
 def _checked(name: str, result: Any, device: torch.device) -> Problem:
     expected = "expected (model, loss_fn, loaders)"
-    if not isinstance(result, tuple | list) or len(result) != 3:
+    if isinstance(result, UserProblem):
+        given = result
+    elif isinstance(result, tuple | list) and len(result) == 3:
+        model, loss_fn, loaders = result
+        # A tuple is (train, test); anything else iterable, a list of batches for one, is the training data alone.
+        pair = isinstance(loaders, tuple) and len(loaders) == 2 and not _is_batch(loaders)
+        train, test = loaders if pair else (loaders, None)
+        given = UserProblem(model, loss_fn, train, test)
+    else:
         got = f"{len(result)} values" if isinstance(result, tuple | list) else type(result).__name__
         raise UsageError(f"{name}: {expected}, got {got}")
-    model, loss_fn, loaders = result
+    model, loss_fn = given.model, given.loss_fn
     if not isinstance(model, nn.Module):
         raise UsageError(f"{name}: {expected}, got {type(model).__name__} for the model (a torch.nn.Module)")
     if not any(p.requires_grad for p in model.parameters()):
         raise UsageError(f"{name}: the model has no parameter that requires gradients")
     if not callable(loss_fn):
         raise UsageError(f"{name}: {expected}, got {type(loss_fn).__name__} for the loss function")
-    # A tuple is (train, test); anything else iterable, a list of batches for one, is the training data alone.
-    train, test = loaders if isinstance(loaders, tuple) and len(loaders) == 2 else (loaders, None)
-    for role, loader in (("training", train), ("test", test)):
-        if loader is not None and not isinstance(loader, Iterable):
-            raise UsageError(f"{name}: the {role} loader is not iterable ({type(loader).__name__})")
-        if loader is not None and isinstance(loader, Iterator):
-            raise UsageError(f"{name}: the {role} loader is an iterator and ends after one epoch; return a DataLoader")
-    return Problem(name, model.to(device).train(), loss_fn, train, test, ordered=None)
+    return Problem(
+        name,
+        model.to(device).train(),
+        loss_fn,
+        _loader(name, "training", given.data),
+        None if given.test is None else _loader(name, "test", given.test),
+        ordered=None,
+        likelihood=given.likelihood,
+        batch_size=given.batch_size,
+        groups=given.groups,
+    )
 
 
-def _blame(what: str, error: Exception) -> str:
+def _loader(name: str, role: str, data: Any) -> Loader:
+    if isinstance(data, tuple) and len(data) == 2 and _is_batch(data):
+        return [(data[0], data[1])]
+    if not isinstance(data, Iterable) or isinstance(data, Tensor | Mapping | str):
+        raise UsageError(f"{name}: the {role} loader is not iterable over batches ({type(data).__name__})")
+    if isinstance(data, Iterator):
+        raise UsageError(f"{name}: the {role} loader is an iterator and ends after one epoch; return a DataLoader")
+    return data
+
+
+def _is_batch(pair: tuple[Any, Any]) -> bool:
+    """Whether this is (inputs, targets), and no two loaders: these are neither tensors nor dictionaries."""
+    return any(isinstance(part, Tensor | Mapping) for part in pair)
+
+
+def blame(what: str, error: Exception) -> str:
+    """One line about an error in somebody else's code: what failed, how, and where."""
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
     return f"{what}: {type(error).__name__}: {one_line(error)}{place}"

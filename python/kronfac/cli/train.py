@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sized
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -85,7 +86,7 @@ def train(
     if config["lr"] is None:
         config["lr"] = _DEFAULT_LR[config["optimizer"]]
     _check(config, given)
-    result = _run(config, checkpoint, epochs=epochs, data_dir=data_dir, device=device, out=out, quiet=quiet)
+    result = _run(config, given, checkpoint, epochs=epochs, data_dir=data_dir, device=device, out=out, quiet=quiet)
     from kronfac.cli.output import to_json
 
     typer.echo(to_json(result) if as_json else _summary(result))
@@ -136,6 +137,7 @@ def _check(config: dict[str, Any], given: set[str]) -> None:
 
 def _run(
     config: dict[str, Any],
+    given: set[str],
     checkpoint: dict[str, Any] | None,
     *,
     epochs: int,
@@ -156,6 +158,10 @@ def _run(
         **{name: config[name] for name in ("optimizer", "lr", "momentum", "weight_decay", *_KFAC_ONLY)}
         | {"kl_clip": config["kl_clip"] or None}
     )
+    if ":" in problem.name and problem.likelihood is not None:
+        if "likelihood" in given:
+            raise UsageError(f"--likelihood: {problem.name} says itself what its likelihood is; leave the option out")
+        settings = replace(settings, likelihood=problem.likelihood)
     optimizer = make_optimizer(settings, problem.model, config["seed"])
     history: dict[str, list[Any]] = {"train_loss": [], "test_loss": [], "test_accuracy": [], "seconds": []}
     done = 0

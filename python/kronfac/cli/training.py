@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from kronfac.cli.errors import UsageError, one_line
 from kronfac.cli.problems import Loader, LossFunction, count_examples, to_device
+
+if TYPE_CHECKING:
+    from kronfac.curvature import Likelihood
 
 KFAC_DAMPING = 1e-2
 
@@ -28,7 +31,7 @@ class Settings:
         damping: λ.
         kl_clip: κ, or None to switch it off.
         fisher: "mc", "exact" or "empirical".
-        likelihood: "categorical", "gaussian" or "bernoulli".
+        likelihood: "categorical", "gaussian", "bernoulli", or an object of `kronfac.curvature.Likelihood`.
         solve: "inverse" or "eigen".
         factor_every: steps between statistics.
         inverse_every: steps between inversions.
@@ -41,15 +44,17 @@ class Settings:
     damping: float | None = None
     kl_clip: float | None = None
     fisher: str = "mc"
-    likelihood: str = "categorical"
+    likelihood: str | Likelihood = "categorical"
     solve: str = "inverse"
     factor_every: int = 1
     inverse_every: int = 10
 
     def used(self) -> dict[str, Any]:
-        """The settings that the optimizer reads."""
+        """The settings that the optimizer reads, as plain data."""
         names = ("optimizer", "lr", "momentum", "weight_decay")
-        return {name: value for name, value in asdict(self).items() if self.optimizer == "kfac" or name in names}
+        plain = {field.name: getattr(self, field.name) for field in fields(self)}
+        plain["likelihood"] = self.likelihood if isinstance(self.likelihood, str) else repr(self.likelihood)
+        return {name: value for name, value in plain.items() if self.optimizer == "kfac" or name in names}
 
 
 def make_optimizer(settings: Settings, model: nn.Module, seed: int) -> torch.optim.Optimizer:
