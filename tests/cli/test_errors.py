@@ -11,6 +11,8 @@ import pytest
 from tests.cli.conftest import Kronfac
 from tests.datasets.files import write_cifar_python, write_mnist
 
+HERE = "tests.cli.problems_for_tests"
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -39,6 +41,22 @@ from tests.datasets.files import write_cifar_python, write_mnist
         (["spectrum", "--top", "7000"], "--top: expected at most 6930"),
         (["spectrum", "--tol", "nan"], "--tol: expected a number between 0 and 1"),
         (["spectrum", "--trace-probes", "1"], "--trace-probes: expected 0 or at least 2"),
+        (["spectrum", "--trace", "xtrace", "--trace-probes", "3"], "--trace-probes: expected 0 or at least 4"),
+        (["spectrum", "--trace", "hutch"], "Invalid value for '--trace'"),
+        (["spectrum", "--precision", "2"], "--precision: expected a share of the trace between 0 and 1, got 2.0"),
+        (["spectrum", "--precision", "0.1", "--trace", "none"], "--precision is that of the trace"),
+        (["spectrum", "--precision", "0.1", "--trace", "hutch++"], "use --trace xtrace"),
+        (["spectrum", "--precision", "0.1", "--trace-probes", "8"], "expected at least 16 with --precision"),
+        (["spectrum", "--fisher", "mc"], "--fisher applies to --operator fisher only"),
+        (["spectrum", f"{HERE}:regression", "--operator", "fisher"], "Say so with --likelihood"),
+        (["spectrum", f"{HERE}:two_parts", "--operator", "fisher", "--likelihood", "gaussian"], "says itself"),
+        (["train", f"{HERE}:two_parts", "--likelihood", "gaussian"], "says itself"),
+        (["spectrum", f"{HERE}:triples"], "batch 0 of the training data: expected (inputs, targets), got 3 values"),
+        (["spectrum", f"{HERE}:unreadable"], "reading the training data failed: OSError: disk on fire"),
+        (["spectrum", f"{HERE}:two_values"], "expected (model, loss_fn, loaders), got 2 values"),
+        (["spectrum", f"{HERE}:no_module"], "got str for the model"),
+        (["spectrum", f"{HERE}:no_data"], "the training loader yields no batch"),
+        (["spectrum", f"{HERE}:iterator"], "is an iterator and ends after one epoch"),
         (["spectrum", "--checkpoint", "/nowhere/checkpoint.pt"], "no such checkpoint"),
         (["demo", "--seeds", "0"], "Invalid value for '--seeds'"),
     ],

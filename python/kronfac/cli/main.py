@@ -16,6 +16,8 @@ from kronfac.cli.errors import UsageError, one_line
 from kronfac.cli.spectrum import spectrum
 from kronfac.cli.train import train
 
+_TYPER_INTERRUPTED = 130  # what some versions of typer return in place of letting KeyboardInterrupt through
+
 app = typer.Typer(
     name="kronfac",
     help="Kronecker-factored curvature and Hessian spectra for PyTorch.",
@@ -72,6 +74,8 @@ def run() -> None:
             raise
         _fail_parsing(error)
     else:
+        if status == _TYPER_INTERRUPTED:
+            _fail("interrupted", 1)
         raise SystemExit(status if isinstance(status, int) else 0)
 
 

@@ -44,6 +44,16 @@ class OperatorName(str, Enum):
 
     HESSIAN = "hessian"
     GGN = "ggn"
+    FISHER = "fisher"
+
+
+class TraceMethod(str, Enum):
+    """Estimators of the trace."""
+
+    HUTCHINSON = "hutchinson"
+    HUTCH_PP = "hutch++"
+    XTRACE = "xtrace"
+    NONE = "none"
 
 
 ProblemArgument: TypeAlias = Annotated[
@@ -51,7 +61,7 @@ ProblemArgument: TypeAlias = Annotated[
     typer.Argument(
         metavar="PROBLEM",
         help="digits, mnist, cifar10, or your own module:function returning (model, loss_fn, loaders), "
-        "loaders being a training loader or (training, test).",
+        "loaders being a training loader or (training, test), or a kronfac.cli.UserProblem.",
     ),
 ]
 DataDir: TypeAlias = Annotated[

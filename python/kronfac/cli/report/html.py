@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib.resources import files
@@ -89,6 +90,16 @@ def facts(environment: Mapping[str, Any]) -> str:
 def number(value: float | None, digits: int = 3) -> str:
     """A number for a reader, a dash where there is none."""
     return "–" if value is None else f"{value:.{digits}g}"
+
+
+def with_error(value: float, error: float) -> str:
+    """A value to the digits that its error leaves, two of the error."""
+    if not 0 < error < math.inf:
+        return f"{value:.5g} ± {error:.2g}"
+    places = 1 - math.floor(math.log10(error))
+    if -3 <= places <= 7:
+        return f"{value:.{max(0, places)}f} ± {error:.{max(0, places)}f}"
+    return f"{value:.4g} ± {error:.2g}"
 
 
 def _data_url(png: bytes) -> str:
