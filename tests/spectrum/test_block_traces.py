@@ -45,6 +45,29 @@ def test_traces_and_norms_of_all_layers(restricted: bool) -> None:
     assert float(np.abs(both.mean(1)).max()) < 1.0
 
 
+def test_until_every_trace_is_precise() -> None:
+    operator, dense, places = setup()
+    spent: list[tuple[int, int | None]] = []
+    found = block_traces(operator, target_relative=0.2, progress=lambda *counts: spent.append(counts))
+    largest = max(abs(result.trace) for result in found.values())
+    for name, result in found.items():
+        assert result.trace_stderr <= 0.2 * largest
+        assert abs(result.trace - float(dense[places[name], places[name]].trace())) <= 5 * result.trace_stderr
+    counts = {result.products for result in found.values()}
+    assert len(counts) == 1
+    assert spent[-1] == (counts.copy().pop(), None)
+    # Hardly more than asked for: what half the probes gave was not enough.
+    fewer = block_traces(operator, probes=counts.pop() // 2)
+    assert any(result.trace_stderr > 0.2 * largest for result in fewer.values())
+
+
+def test_a_target_beyond_the_budget() -> None:
+    operator, _, _ = setup()
+    found = block_traces(operator, target_relative=1e-6, max_products=20)
+    assert {result.products for result in found.values()} == {20}
+    assert any(result.trace_stderr > 1e-6 * abs(result.trace) for result in found.values())
+
+
 def test_groups_of_the_users_own() -> None:
     operator, dense, places = setup()
     names = list(places)
@@ -76,6 +99,14 @@ def test_refusals() -> None:
         block_traces(dense)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="probes: expected at least 2, got 1"):
         block_traces(operator, probes=1)
+    with pytest.raises(ValueError, match="probes, target_relative: give one of them"):
+        block_traces(operator, probes=10, target_relative=0.1)
+    with pytest.raises(ValueError, match="target_relative: expected a finite number greater than 0, got 0"):
+        block_traces(operator, target_relative=0)
+    with pytest.raises(ValueError, match="target_relative: expected None with restricted=True"):
+        block_traces(operator, target_relative=0.1, restricted=True)
+    with pytest.raises(ValueError, match="max_products: expected at least 16, got 8"):
+        block_traces(operator, target_relative=0.1, max_products=8)
     with pytest.raises(ValueError, match=r"blocks: groups\['a'\]: 'nowhere' names none of the operator's parameters"):
         block_traces(operator, {"a": ["nowhere"]})
     with pytest.raises(TypeError, match="expected a list of names, got '0'; wrap it in a list"):

@@ -18,6 +18,9 @@ BASIS_BYTES = 2**30
 # What a sketch of the range may take: beyond it the machine would swap, or the process be ended, without a word.
 SKETCH_BYTES = 2**33
 
+# A standard error from fewer probes is too unsure to stop by.
+LEAST_BEFORE_STOPPING = 16
+
 
 def check_count(value: object, name: str, caller: str, *, least: int, most: int | None = None) -> int:
     """Return an integer option within its range.

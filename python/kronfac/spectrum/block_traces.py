@@ -9,19 +9,22 @@ import torch
 from kronfac.linalg.probes import draw_probes, make_generator, standard_error
 from kronfac.operators import ParameterOperator
 from kronfac.spectrum._interrupt import interruptible
-from kronfac.spectrum._options import Progress, check_count
+from kronfac.spectrum._options import LEAST_BEFORE_STOPPING, Progress, check_count, check_positive
 from kronfac.spectrum._progress import shown
 from kronfac.spectrum.results import BlockTraceResult
 
 _CALLER = "kronfac.spectrum.block_traces"
 _COLUMNS = 8  # probes per call of op @ V: one pass over the data serves all of them
+_CHECK_EVERY = 1.05  # times as many probes: what may be spent beyond a target
 
 
 def block_traces(
     op: ParameterOperator,
     groups: Mapping[str, Iterable[str]] | None = None,
     *,
-    probes: int = 100,
+    probes: int | None = None,
+    target_relative: float | None = None,
+    max_products: int = 10_000,
     restricted: bool = False,
     seed: int = 0,
     progress: Progress | bool | None = None,
@@ -36,10 +39,14 @@ def block_traces(
     Args:
         op: an operator of `kronfac.operators`.
         groups: names of parameters or modules by group name; None for one group per module.
-        probes: vectors, at least 2; with `restricted` for each block.
+        probes: vectors, at least 2; with `restricted` for each block (default 100); not together with a target.
+        target_relative: spend vectors, at least 16, until the standard error of every trace is at most this share of
+            the largest one's magnitude; 0.02 for 2 %. Not of its own, since the trace of a block may be close to 0; for
+            that there is `trace(op.blocks()[name], target_relative=...)`. Not with `restricted`.
+        max_products: the most to spend on a target; compare the standard errors of the result with it.
         restricted: probe each block alone.
         seed: of the probes; equal seeds give equal results.
-        progress: called as progress(products, products in all); True for a progress bar.
+        progress: called as progress(products, products in all or None); True for a progress bar.
 
     Returns:
         By module or group name. After a KeyboardInterrupt of the probes done, without blocks that have not been probed
@@ -52,7 +59,18 @@ def block_traces(
     """
     if not isinstance(op, ParameterOperator):
         raise TypeError(f"{_CALLER}: op: expected an operator of kronfac.operators, got {type(op).__name__}")
-    probes = check_count(probes, "probes", _CALLER, least=2)
+    if target_relative is None:
+        limit = check_count(100 if probes is None else probes, "probes", _CALLER, least=2)
+    elif probes is not None:
+        raise ValueError(f"{_CALLER}: probes, target_relative: give one of them; the other follows from it")
+    elif restricted:
+        raise ValueError(
+            f"{_CALLER}: target_relative: expected None with restricted=True, whose blocks have nothing in common; use "
+            "kronfac.spectrum.trace(op.blocks()[name], target_relative=...)"
+        )
+    else:
+        target_relative = check_positive(target_relative, "target_relative", _CALLER)
+        limit = check_count(max_products, "max_products", _CALLER, least=LEAST_BEFORE_STOPPING)
     generator = make_generator(seed, _CALLER)
     blocks = op.blocks(groups)
     if restricted:
@@ -62,13 +80,14 @@ def block_traces(
         sweeps = [(op, {name: op.entries_of(block) for name, block in blocks.items()})]
     traces: dict[str, list[float]] = {name: [] for name in blocks}
     squares: dict[str, list[float]] = {name: [] for name in blocks}
-    done, total = 0, probes * len(sweeps)
+    done, total = 0, limit * len(sweeps) if target_relative is None else None
     with interruptible() as stop, shown(progress, _CALLER) as report:
         for operator, entries in sweeps:
-            for first in range(0, probes, _COLUMNS):
+            check_at = float(LEAST_BEFORE_STOPPING)
+            for first in range(0, limit, _COLUMNS):
                 if stop.stops(done - 1):  # one probe has no standard error
                     break
-                count = min(_COLUMNS, probes - first)
+                count = min(_COLUMNS, limit - first)
                 drawn = draw_probes(
                     operator.shape[0], count, "rademacher", generator, dtype=operator.dtype, device=operator.device
                 )
@@ -81,6 +100,11 @@ def block_traces(
                 done += count
                 if report is not None:
                     report(done, total)
+                # Not after every probe: the errors of many blocks take their time as well.
+                if target_relative is not None and first + count >= check_at:
+                    check_at = (first + count) * _CHECK_EVERY
+                    if _precise(traces, target_relative):
+                        break
     return {
         name: BlockTraceResult(
             size=blocks[name].shape[0],
@@ -95,3 +119,9 @@ def block_traces(
         for name, found in traces.items()
         if len(found) >= 2
     }
+
+
+def _precise(traces: Mapping[str, list[float]], share: float) -> bool:
+    """Whether the standard error of each block is at most this share of the largest trace."""
+    largest = max(abs(sum(found) / len(found)) for found in traces.values())
+    return all(standard_error(found) <= share * largest for found in traces.values())

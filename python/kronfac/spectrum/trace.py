@@ -13,6 +13,7 @@ from kronfac.linalg.trace import Estimate, Sketch, StoppedError, exact_diagonal,
 from kronfac.spectrum._interrupt import interruptible
 from kronfac.spectrum._options import (
     BASIS_BYTES,
+    LEAST_BEFORE_STOPPING,
     Progress,
     check_choice,
     check_count,
@@ -29,8 +30,6 @@ METHODS = ("hutchinson", "hutch++", "xtrace")
 _COLUMNS = 8
 # Test vectors that a sketch takes in at once: what a KeyboardInterrupt loses at most.
 _STRIDE = 8
-# A standard error from fewer probes is too unsure to stop by.
-_LEAST_BEFORE_STOPPING = 16
 
 
 def trace(
@@ -84,7 +83,7 @@ def trace(
     if target is None:
         limit = check_count(100 if probes is None else probes, "probes", _CALLER, least=_LEAST[method])
     else:
-        limit = check_count(max_products, "max_products", _CALLER, least=_LEAST_BEFORE_STOPPING)
+        limit = check_count(max_products, "max_products", _CALLER, least=LEAST_BEFORE_STOPPING)
     if method == "hutch++" and target is not None:
         raise ValueError(
             f"{_CALLER}: target_stderr, target_relative: expected None with method='hutch++', whose share for the "
@@ -160,7 +159,7 @@ def _hutchinson(
             )
             samples += (drawn * operator.matmat(drawn)).sum(dim=0, dtype=torch.float64).tolist()
             tally(count)
-            enough = target is not None and len(samples) >= _LEAST_BEFORE_STOPPING
+            enough = target is not None and len(samples) >= LEAST_BEFORE_STOPPING
             if enough and target is not None and target.met(float(np.mean(samples)), standard_error(samples)):
                 break
     except StoppedError:
@@ -186,7 +185,7 @@ def _xtrace(
     tally: Tally,
 ) -> Estimate | None:
     sketch = Sketch(operator)
-    size = limit // 2 if target is None else _LEAST_BEFORE_STOPPING // 2
+    size = limit // 2 if target is None else LEAST_BEFORE_STOPPING // 2
     found: Estimate | None = None
     while True:
         more = size - sketch.Q.shape[1]
