@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kronfac.spectrum import BlockTraceResult, DensityResult, EigenResult, TraceResult
+from torch import Tensor
+
+from kronfac.spectrum import BlockTraceResult, DensityResult, EigenResult, LandscapeResult, TraceResult
 
 
 @dataclass(frozen=True)
@@ -16,16 +19,21 @@ class SpectrumOptions:
     Attributes:
         operator: "hessian", "ggn" or "fisher".
         fisher: "mc", "exact" or "empirical".
-        top: eigenvalues of largest magnitude.
+        top: how many eigenvalues.
+        which: "magnitude", "largest", "smallest" or "both", as in `kronfac.spectrum.eigsh`.
         tol: tolerance of their residuals relative to the largest.
         multiplicity: search for further copies of repeated eigenvalues, which costs about as much again.
         trace: "hutchinson", "hutch++", "xtrace", or None for no trace.
         trace_probes: products to spend on it; with `precision` the most to spend, None for 10,000.
-        precision: the standard error to reach, as a share of the trace.
+        precision: the standard error to reach, as a share of the trace; with `layers`, for every layer, of the largest.
         layers: trace, Frobenius norm and largest eigenvalue of every layer's block.
         density: whether to estimate the spectral density.
         density_probes: its probes.
         density_steps: Lanczos steps per probe.
+        landscape: along how many of the first eigenvectors to look at the loss, 0, 1 or 2.
+        landscape_points: coordinates along each.
+        landscape_radius: how far to go, a distance in the space of the parameters.
+        landscape_test: test examples for it, None for all.
         double: compute the eigenvalues in float64. Where a network is nearly certain of every example, the Hessian of
             the cross-entropy is made of differences 1 - p, of which float32 knows a few digits only.
         seed: of all random vectors.
@@ -34,6 +42,7 @@ class SpectrumOptions:
     operator: str = "hessian"
     fisher: str = "mc"
     top: int = 10
+    which: str = "magnitude"
     tol: float = 1e-4
     multiplicity: bool = True
     trace: str | None = "hutchinson"
@@ -43,6 +52,10 @@ class SpectrumOptions:
     density: bool = True
     density_probes: int = 10
     density_steps: int = 80
+    landscape: int = 0
+    landscape_points: int | None = None
+    landscape_radius: float = 1.0
+    landscape_test: int | None = None
     double: bool = False
     seed: int = 0
 
@@ -117,6 +130,7 @@ class Spectrum:
         trace: of the whole matrix.
         layers: of each layer, by descending magnitude of the trace.
         density: of the whole matrix.
+        landscape: the loss along the first eigenvectors.
         stages: what was done, in order.
         seconds: of all computations.
     """
@@ -128,6 +142,7 @@ class Spectrum:
     trace: TraceResult | BlockTraceResult | None
     layers: list[Layer] | None
     density: DensityResult | None
+    landscape: LandscapeResult | None
     stages: list[Stage]
     seconds: float
 
@@ -194,6 +209,7 @@ class Spectrum:
             "trace_samples": self.trace.samples.tolist() if isinstance(self.trace, TraceResult) else None,
             "layers": None if self.layers is None else [layer.as_dict() for layer in self.layers],
             "density": None,
+            "landscape": None if self.landscape is None else _surface(self.landscape),
             "stages": [vars(stage) for stage in self.stages],
             "seconds": self.seconds,
         }
@@ -209,6 +225,22 @@ class Spectrum:
                 "products": self.density.products,
             }
         return result
+
+
+def _surface(found: LandscapeResult) -> dict[str, Any]:
+    def plain(values: Mapping[str, Tensor] | None) -> dict[str, Any] | None:
+        return None if values is None else {name: value.tolist() for name, value in values.items()}
+
+    return {
+        "coordinates": [axis.tolist() for axis in found.coordinates],
+        "labels": list(found.labels),
+        "losses": plain(found.losses),
+        "centre": dict(found.centre),
+        "slopes": plain(found.slopes),
+        "curvatures": plain(found.curvatures),
+        "evaluations": found.evaluations,
+        "interrupted": found.interrupted,
+    }
 
 
 def _value_and_stderr(found: TraceResult | BlockTraceResult | None) -> tuple[float | None, float]:

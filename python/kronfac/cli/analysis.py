@@ -16,15 +16,17 @@ from kronfac.cli.analysed import Spectrum as Spectrum
 from kronfac.cli.analysed import SpectrumOptions as SpectrumOptions
 from kronfac.cli.analysed import Stage as Stage
 from kronfac.cli.errors import RunError, UsageError, one_line
-from kronfac.cli.problems import Problem, blame, count_examples, fixed_batches, known_likelihood
+from kronfac.cli.problems import Problem, blame, count_examples, fixed_batches, fixed_test_batches, known_likelihood
 from kronfac.operators import CurvatureOperator
 from kronfac.spectrum import (
     BlockTraceResult,
     EigenResult,
+    LandscapeResult,
     TraceResult,
     block_traces,
     density,
     eigsh,
+    landscape,
     trace,
 )
 from kronfac.spectrum._interrupt import interruptible
@@ -98,11 +100,17 @@ def _compute(
         eigen = stages.run(
             "eigenvalues",
             lambda progress: eigsh(
-                precise, options.top, tol=options.tol, multiplicity=options.multiplicity, seed=seed, progress=progress
+                precise,
+                options.top,
+                options.which,
+                tol=options.tol,
+                multiplicity=options.multiplicity,
+                seed=seed,
+                progress=progress,
             ),
         )
         # Hutchinson's probes serve the whole matrix and all its blocks at once.
-        shared = options.layers and options.trace == "hutchinson" and options.precision is None
+        shared = options.layers and options.trace == "hutchinson"
         found_trace: TraceResult | BlockTraceResult | None = None
         if options.trace is not None and not shared:
             method = options.trace
@@ -111,12 +119,10 @@ def _compute(
             )
         layers = None
         if options.layers:
-            probes = (options.trace_probes or 100) if shared else 100
+            effort = _effort(options) if shared or options.precision is not None else {"probes": 100}
             blocks = stages.run(
                 "trace by layer",
-                lambda progress: block_traces(
-                    op, groups | {_WHOLE: op.names}, probes=probes, seed=seed, progress=progress
-                ),
+                lambda progress: block_traces(op, groups | {_WHOLE: op.names}, **effort, seed=seed, progress=progress),
             )
             if shared and blocks is not None:
                 found_trace = blocks[_WHOLE]
@@ -140,7 +146,12 @@ def _compute(
                     op, probes=options.density_probes, steps=options.density_steps, seed=seed, progress=progress
                 ),
             )
-        if not any((eigen, found_trace, layers, found_density)):
+        surface = None
+        if options.landscape:
+            surface = stages.run(
+                "landscape", lambda progress: _landscape(problem, op, batches, eigen, options, progress)
+            )
+        if not any((eigen, found_trace, layers, found_density, surface)):
             raise KeyboardInterrupt
     return {
         "parameters": size,
@@ -148,6 +159,7 @@ def _compute(
         "trace": found_trace,
         "layers": layers,
         "density": found_density,
+        "landscape": surface,
     }
 
 
@@ -235,6 +247,36 @@ def _groups(op: CurvatureOperator, problem: Problem) -> dict[str, tuple[str | No
         kind = type(problem.model.get_submodule(name)).__name__
         found[name or kind] = (kind, list(block.names))
     return found
+
+
+def _landscape(
+    problem: Problem,
+    op: CurvatureOperator,
+    batches: list[tuple[Any, Any]],
+    eigen: EigenResult | None,
+    options: SpectrumOptions,
+    progress: Progress,
+) -> LandscapeResult:
+    """The loss along the first eigenvectors, on the training and the test data."""
+    if eigen is None or len(eigen.values) < options.landscape:
+        raise KeyboardInterrupt  # what it is along had not been found when Ctrl-C came
+    data = {"training": batches}
+    test = fixed_test_batches(problem, options.landscape_test)
+    if test is not None:
+        data["test"] = test
+    values = eigen.values[: options.landscape].tolist()
+    return landscape(
+        problem.model,
+        problem.loss_fn,
+        data,
+        list(eigen.vectors[:, : options.landscape].to(op.dtype).mT),
+        radius=options.landscape_radius,
+        points=options.landscape_points,
+        labels=[f"along eigenvector {rank} (λ = {value:.4g})" for rank, value in enumerate(values, start=1)],
+        batch_size=problem.batch_size,
+        curvature=True,
+        progress=progress,
+    )
 
 
 def _tops(

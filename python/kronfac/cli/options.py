@@ -56,6 +56,23 @@ class TraceMethod(str, Enum):
     NONE = "none"
 
 
+class Which(str, Enum):
+    """Which eigenvalues."""
+
+    MAGNITUDE = "magnitude"
+    LARGEST = "largest"
+    SMALLEST = "smallest"
+    BOTH = "both"
+
+
+class Landscape(str, Enum):
+    """Along how many eigenvectors to look at the loss."""
+
+    NONE = "none"
+    LINE = "1d"
+    PLANE = "2d"
+
+
 ProblemArgument: TypeAlias = Annotated[
     str,
     typer.Argument(

@@ -16,11 +16,13 @@ from kronfac.cli.options import (
     Device,
     Fisher,
     Json,
+    Landscape,
     LikelihoodName,
     OperatorName,
     ProblemArgument,
     Quiet,
     TraceMethod,
+    Which,
     was_given,
 )
 
@@ -47,7 +49,10 @@ def spectrum(
     likelihood: Annotated[
         LikelihoodName | None, typer.Option(help="Fisher matrix: what the loss is the negative log of.")
     ] = None,
-    top: Annotated[int, typer.Option(min=1, help="Eigenvalues of largest magnitude.")] = 10,
+    top: Annotated[int, typer.Option(min=1, help="How many eigenvalues.")] = 10,
+    which: Annotated[Which, typer.Option(help="Those of largest magnitude, or from an end, or half from each.")] = (
+        Which.MAGNITUDE
+    ),
     tol: Annotated[float, typer.Option(help="Tolerance of their residuals, relative to the largest.")] = 1e-4,
     layers: Annotated[
         bool, typer.Option("--layers", help="Trace, Frobenius norm and largest eigenvalue of every layer.")
@@ -58,11 +63,18 @@ def spectrum(
     ] = 100,
     precision: Annotated[
         float | None,
-        typer.Option(help="Go on until the standard error of the trace is at most this share of it (0.02: 2 %)."),
+        typer.Option(
+            help="Go on until the standard error of the trace (with --layers: all) is at most this share (0.02: 2 %)."
+        ),
     ] = None,
     density: Annotated[bool, typer.Option("--density/--no-density", help="Estimate the spectral density.")] = True,
     density_probes: Annotated[int, typer.Option(min=2, help="Random probes for the density.")] = 10,
     density_steps: Annotated[int, typer.Option(min=1, help="Lanczos steps per probe.")] = 80,
+    landscape: Annotated[Landscape, typer.Option(help="The loss along the first eigenvectors.")] = Landscape.NONE,
+    radius: Annotated[float, typer.Option(help="Landscape: how far to go, a distance of parameters.")] = 1.0,
+    points: Annotated[
+        int | None, typer.Option(min=2, help="Landscape: points along each direction (default: 51, in 2d 21).")
+    ] = None,
     double: Annotated[
         bool, typer.Option("--double", help="Eigenvalues in float64: for losses too small for float32 to resolve.")
     ] = False,
@@ -90,6 +102,11 @@ def spectrum(
     _check(method, tol, trace_probes, precision, given)
     if operator is not OperatorName.FISHER and (wrong := [name for name in ("fisher", "likelihood") if name in given]):
         raise UsageError(f"--{wrong[0]} applies to --operator fisher only")
+    directions = {Landscape.NONE: 0, Landscape.LINE: 1, Landscape.PLANE: 2}[landscape]
+    if directions > top:
+        raise UsageError(f"--landscape {landscape.value}: needs --top {directions} or more, got {top}")
+    if not 0 < radius < float("inf"):
+        raise UsageError(f"--radius: expected a finite number greater than 0, got {radius}")
     subject = _subject(problem, checkpoint, given, data_dir=data_dir, seed=seed, device=device)
     if likelihood is not None:
         if ":" in subject.name and subject.likelihood is not None:
@@ -108,6 +125,7 @@ def spectrum(
         operator=operator.value,
         fisher=fisher.value,
         top=top,
+        which=which.value,
         tol=tol,
         layers=layers,
         trace=method,
@@ -116,6 +134,10 @@ def spectrum(
         density=density,
         density_probes=density_probes,
         density_steps=density_steps,
+        landscape=directions,
+        landscape_points=points,
+        landscape_radius=radius,
+        landscape_test=examples,
         double=double,
         seed=seed,
     )
@@ -129,6 +151,7 @@ def spectrum(
             "checkpoint": None if checkpoint is None else str(checkpoint),
             "device": device,
             "seed": seed,
+            "which": which.value,
             "tol": tol,
             "precision": precision,
             "double": double,
@@ -195,7 +218,7 @@ def _settings(options: Any, subject: Problem, device: str) -> dict[str, Any]:
         settings |= {"kind": options.fisher, "likelihood": str(subject.likelihood)}
     settings |= {
         "model": type(subject.model).__name__,
-        "eigenvalues": f"top {options.top}, tolerance {options.tol:g}, in {dtype}",
+        "eigenvalues": f"{options.top} by {options.which}, tolerance {options.tol:g}, in {dtype}",
     }
     if options.trace is not None:
         effort = f"{options.trace_probes or 10_000:,} products"
@@ -204,6 +227,8 @@ def _settings(options: Any, subject: Problem, device: str) -> dict[str, Any]:
         settings["trace"] = f"{options.trace}, {effort}"
     if options.density:
         settings["density"] = f"{options.density_probes} probes, {options.density_steps} Lanczos steps each"
+    if options.landscape:
+        settings["landscape"] = f"{options.landscape} of the eigenvectors, radius {options.landscape_radius:g}"
     return settings | {"seed": options.seed, "device": device}
 
 
