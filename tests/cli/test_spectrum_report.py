@@ -44,6 +44,7 @@ def synthetic() -> dict[str, Any]:
         "checkpoint": "a&b.pt",
         "device": "cpu",
         "seed": 3,
+        "which": "magnitude",
         "tol": 1e-4,
         "precision": 0.01,
         "double": False,
@@ -55,6 +56,7 @@ def synthetic() -> dict[str, Any]:
         "residuals": [1e-7, 2e-7, 0.3],
         "relative_residuals": [8e-9, 0.0, 0.024],
         "converged": [True, True, False],
+        "status": ["converged", "converged", "limit"],
         "products": 77,
         "trace": 40.512,
         "trace_stderr": 0.75,
@@ -71,6 +73,27 @@ def synthetic() -> dict[str, Any]:
             "squared_frobenius": 400.0,
             "squared_frobenius_stderr": 40.0,
             "products": 800,
+            "log": {
+                "grid": [-3.0, -2.0, -1.0, 0.0, 1.0],
+                "positive": [0.0, 0.1, 0.5, 0.2, 0.001],
+                "negative": [0.0, 0.05, 0.1, 0.0, 0.0],
+                "sigma": 0.05,
+                "threshold": 1e-5,
+                "positive_mass": 0.75,
+                "negative_mass": 0.125,
+                "zero_mass": 0.125,
+                "uncertain_mass": 0.0625,
+            },
+        },
+        "landscape": {
+            "coordinates": [[-1.0, 0.0, 1.0]],
+            "labels": ["along eigenvector 1 (λ = 12.35)"],
+            "losses": {"training": [7.0, 0.875, None], "test": [8.0, 1.0625, 7.5]},
+            "centre": {"training": 0.875, "test": 1.0625},
+            "slopes": {"training": [0.25], "test": [-0.5]},
+            "curvatures": {"training": [[12.345]], "test": [[13.0]]},
+            "evaluations": 6,
+            "interrupted": True,
         },
         "stages": [
             {"name": "eigenvalues", "status": "done", "products": 77, "seconds": 1.5},
@@ -101,13 +124,16 @@ def laid_out(report: dict[str, Any]) -> tuple[str, Checker]:
 
 def test_page() -> None:
     _, checker = laid_out(synthetic())
-    assert len(checker.references) == 8
+    assert len(checker.references) == 12
     for shown in (
         "Gauss-Newton matrix of my<module>:build",
         "a&b.pt",
         "12.345",
         "-3",
-        "not converged",
+        "not converged (limit)",
+        "6.2% of the eigenvalues are of uncertain decade or sign",
+        "6 passes over a data set",
+        "training 0.875, test 1.062",
         "40.51 ± 0.75",
         "target 0.01 ✗ missed",
         "features.0 (Conv2d)",
@@ -124,6 +150,7 @@ def test_page() -> None:
     ):
         assert shown in checker.text, shown
     assert "partial" in checker.text
+    assert "slope and curvature in the middle" in checker.text
     for note in synthetic()["notes"]:
         assert note in checker.text
     # Negative eigenvalues are among them: a share of the trace would be none.
@@ -132,6 +159,7 @@ def test_page() -> None:
 
 def test_page_of_what_there_is() -> None:
     report = synthetic() | {"interrupted": False, "notes": [], "layers": None, "density": None, "trace_samples": None}
+    report |= {"landscape": None}
     report |= {"stages": report["stages"][:1], "trace": None, "trace_stderr": None, "precision": None}
     _, checker = laid_out(report)
     assert len(checker.references) == 2  # the eigenvalues
@@ -140,6 +168,21 @@ def test_page_of_what_there_is() -> None:
     assert "None" not in checker.text
     nothing = report | {"top_eigenvalues": [], "residuals": [], "relative_residuals": [], "converged": []}
     assert "No eigenvalue and no trace" in laid_out(nothing)[1].text
+
+
+def test_plane() -> None:
+    report = synthetic()
+    report["landscape"] |= {
+        "coordinates": [[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0]],
+        "labels": ["one", "two"],
+        "losses": {"training": [[7.0, 5.0, 90.0], [1.0, 0.875, 2.0], [None, 9.0, 100.0]], "test": [[8.0] * 3] * 3},
+        "slopes": {"training": [0.25, 0.0], "test": [-0.5, 0.0]},
+        "curvatures": {"training": [[12.0, 0.0], [0.0, 6.0]], "test": [[13.0, 0.0], [0.0, 5.0]]},
+    }
+    _, checker = laid_out(report)
+    assert "the plane of the eigenvectors" in checker.text
+    constant = {"losses": {"training": [[0.5] * 3] * 3}, "centre": {"training": 0.5}}
+    laid_out(report | {"landscape": report["landscape"] | constant})
 
 
 def test_many_layers() -> None:
@@ -178,7 +221,7 @@ def test_interrupt(kronfac: Kronfac, monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
     searches = 0
 
-    def pressing(op: Any, k: int, progress: Any, **options: Any) -> EigenResult:
+    def pressing(op: Any, *where: Any, progress: Any, **options: Any) -> EigenResult:
         nonlocal searches
         searches += 1
 
@@ -187,7 +230,7 @@ def test_interrupt(kronfac: Kronfac, monkeypatch: pytest.MonkeyPatch, tmp_path: 
             if searches == 2 and done == 3:  # in the middle of the first layer
                 os.kill(os.getpid(), signal.SIGINT)
 
-        return eigsh(op, k, progress=press, **options)
+        return eigsh(op, *where, progress=press, **options)
 
     monkeypatch.setattr(analysis, "eigsh", pressing)
     partial = interruptible(kronfac, tmp_path / "partial")

@@ -9,7 +9,14 @@ from typing import Any
 
 from torch import Tensor
 
-from kronfac.spectrum import BlockTraceResult, DensityResult, EigenResult, LandscapeResult, TraceResult
+from kronfac.spectrum import (
+    BlockTraceResult,
+    DensityResult,
+    EigenResult,
+    LandscapeResult,
+    LogDensityResult,
+    TraceResult,
+)
 
 
 @dataclass(frozen=True)
@@ -20,14 +27,14 @@ class SpectrumOptions:
         operator: "hessian", "ggn" or "fisher".
         fisher: "mc", "exact" or "empirical".
         top: how many eigenvalues.
-        which: "magnitude", "largest", "smallest" or "both", as in `kronfac.spectrum.eigsh`.
+        which: "magnitude", "largest" or "both", as in `kronfac.spectrum.eigsh`.
         tol: tolerance of their residuals relative to the largest.
         multiplicity: search for further copies of repeated eigenvalues, which costs about as much again.
         trace: "hutchinson", "hutch++", "xtrace", or None for no trace.
         trace_probes: products to spend on it; with `precision` the most to spend, None for 10,000.
         precision: the standard error to reach, as a share of the trace; with `layers`, for every layer, of the largest.
         layers: trace, Frobenius norm and largest eigenvalue of every layer's block.
-        density: whether to estimate the spectral density.
+        density: axis of the spectral density, "linear" or "log", or None for no density.
         density_probes: its probes.
         density_steps: Lanczos steps per probe.
         landscape: along how many of the first eigenvectors to look at the loss, 0, 1 or 2.
@@ -49,7 +56,7 @@ class SpectrumOptions:
     trace_probes: int | None = 100
     precision: float | None = None
     layers: bool = False
-    density: bool = True
+    density: str | None = "linear"
     density_probes: int = 10
     density_steps: int = 80
     landscape: int = 0
@@ -141,7 +148,7 @@ class Spectrum:
     eigen: EigenResult | None
     trace: TraceResult | BlockTraceResult | None
     layers: list[Layer] | None
-    density: DensityResult | None
+    density: DensityResult | LogDensityResult | None
     landscape: LandscapeResult | None
     stages: list[Stage]
     seconds: float
@@ -160,6 +167,11 @@ class Spectrum:
         return [residual / scale if scale > 0 else residual for residual in self.eigen.residuals.tolist()]
 
     @property
+    def linear_density(self) -> DensityResult | None:
+        """The density over λ, which there is of that over the decades too."""
+        return self.density.linear if isinstance(self.density, LogDensityResult) else self.density
+
+    @property
     def notes(self) -> list[str]:
         """What a reader has to know before relying on the figures."""
         notes = []
@@ -168,7 +180,12 @@ class Spectrum:
             notes.append(f"Interrupted: {', '.join(states)}. The figures below are of what had been computed.")
         if self.eigen is not None and not self.eigen.converged.all():
             count = int((~self.eigen.converged).sum())
-            notes.append(f"{count} of {len(self.eigen.converged)} eigenpairs did not reach the tolerance.")
+            why = {
+                "limit": "the products allowed were spent",
+                "interrupted": "interrupted; their residuals are bounds",
+                "finished": "round-off keeps their residuals above it: raise --tol, or add --double",
+            }[self.eigen.ended]
+            notes.append(f"{count} of {len(self.eigen.converged)} eigenpairs did not reach the tolerance ({why}).")
         missed = [layer.name for layer in self.layers or [] if layer.eigen and not layer.eigen.converged.all()]
         if missed:
             notes.append(f"The largest eigenvalue did not reach the tolerance in: {', '.join(missed)}.")
@@ -177,12 +194,13 @@ class Spectrum:
         if value is not None and asked is not None and not stderr <= asked * abs(value):
             share = f"{stderr / abs(value):.2g}" if value else "infinity"
             notes.append(f"The standard error of the trace is {share} of it; {asked:g} was asked for.")
-        if value is not None and self.density is not None:
-            spread = math.hypot(stderr, self.density.trace_stderr)
-            apart = abs(value - self.density.trace)
+        linear = self.linear_density
+        if value is not None and linear is not None:
+            spread = math.hypot(stderr, linear.trace_stderr)
+            apart = abs(value - linear.trace)
             if apart > 4 * spread:
                 notes.append(
-                    f"The trace ({value:.4g}) and the one that the density implies ({self.density.trace:.4g}) are "
+                    f"The trace ({value:.4g}) and the one that the density implies ({linear.trace:.4g}) are "
                     f"{apart / spread if spread else math.inf:.1f} standard errors apart: trust neither."
                 )
         return notes
@@ -200,6 +218,7 @@ class Spectrum:
             "residuals": [] if self.eigen is None else self.eigen.residuals.tolist(),
             "relative_residuals": self.relative_residuals,
             "converged": [] if self.eigen is None else self.eigen.converged.tolist(),
+            "status": [] if self.eigen is None else self.eigen.status,
             "products": 0 if self.eigen is None else self.eigen.products,
             "trace": value,
             "trace_stderr": None if value is None else stderr,
@@ -208,23 +227,32 @@ class Spectrum:
             "trace_method": getattr(self.trace, "method", None if self.trace is None else self.options.trace),
             "trace_samples": self.trace.samples.tolist() if isinstance(self.trace, TraceResult) else None,
             "layers": None if self.layers is None else [layer.as_dict() for layer in self.layers],
-            "density": None,
+            "density": None if self.density is None else _curve(self.density),
             "landscape": None if self.landscape is None else _surface(self.landscape),
             "stages": [vars(stage) for stage in self.stages],
             "seconds": self.seconds,
         }
-        if self.density is not None:
-            result["density"] = {
-                "grid": self.density.grid.tolist(),
-                "values": self.density.values.tolist(),
-                "sigma": self.density.sigma,
-                "trace": self.density.trace,
-                "trace_stderr": self.density.trace_stderr,
-                "squared_frobenius": self.density.squared_frobenius,
-                "squared_frobenius_stderr": self.density.squared_frobenius_stderr,
-                "products": self.density.products,
-            }
         return result
+
+
+def _curve(found: DensityResult | LogDensityResult) -> dict[str, Any]:
+    linear = found.linear if isinstance(found, LogDensityResult) else found
+    result: dict[str, Any] = {
+        "grid": linear.grid.tolist(),
+        "values": linear.values.tolist(),
+        "sigma": linear.sigma,
+        "trace": linear.trace,
+        "trace_stderr": linear.trace_stderr,
+        "squared_frobenius": linear.squared_frobenius,
+        "squared_frobenius_stderr": linear.squared_frobenius_stderr,
+        "products": linear.products,
+        "log": None,
+    }
+    if isinstance(found, LogDensityResult):
+        names = ("sigma", "threshold", "positive_mass", "negative_mass", "zero_mass", "uncertain_mass")
+        result["log"] = {name: getattr(found, name) for name in names}
+        result["log"] |= {name: getattr(found, name).tolist() for name in ("grid", "positive", "negative")}
+    return result
 
 
 def _surface(found: LandscapeResult) -> dict[str, Any]:

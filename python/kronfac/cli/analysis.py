@@ -20,8 +20,10 @@ from kronfac.cli.problems import Problem, blame, count_examples, fixed_batches, 
 from kronfac.operators import CurvatureOperator
 from kronfac.spectrum import (
     BlockTraceResult,
+    DensityResult,
     EigenResult,
     LandscapeResult,
+    LogDensityResult,
     TraceResult,
     block_traces,
     density,
@@ -139,13 +141,8 @@ def _compute(
             ]
             layers = sorted(layers, key=_size, reverse=True) or None
         found_density = None
-        if options.density:
-            found_density = stages.run(
-                "density",
-                lambda progress: density(
-                    op, probes=options.density_probes, steps=options.density_steps, seed=seed, progress=progress
-                ),
-            )
+        if options.density is not None:
+            found_density = stages.run("density", lambda progress: _density(op, options, progress))
         surface = None
         if options.landscape:
             surface = stages.run(
@@ -247,6 +244,13 @@ def _groups(op: CurvatureOperator, problem: Problem) -> dict[str, tuple[str | No
         kind = type(problem.model.get_submodule(name)).__name__
         found[name or kind] = (kind, list(block.names))
     return found
+
+
+def _density(op: CurvatureOperator, options: SpectrumOptions, progress: Progress) -> DensityResult | LogDensityResult:
+    probes, steps, seed = options.density_probes, options.density_steps, options.seed
+    if options.density == "log":
+        return density(op, axis="log", probes=probes, steps=steps, seed=seed, progress=progress)
+    return density(op, probes=probes, steps=steps, seed=seed, progress=progress)
 
 
 def _landscape(

@@ -61,8 +61,15 @@ class Which(str, Enum):
 
     MAGNITUDE = "magnitude"
     LARGEST = "largest"
-    SMALLEST = "smallest"
     BOTH = "both"
+
+
+class DensityAxis(str, Enum):
+    """Axes of the spectral density."""
+
+    LINEAR = "linear"
+    LOG = "log"
+    NONE = "none"
 
 
 class Landscape(str, Enum):

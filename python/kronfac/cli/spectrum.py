@@ -13,6 +13,7 @@ import typer
 from kronfac.cli.errors import RunError, UsageError
 from kronfac.cli.options import (
     DataDir,
+    DensityAxis,
     Device,
     Fisher,
     Json,
@@ -50,7 +51,7 @@ def spectrum(
         LikelihoodName | None, typer.Option(help="Fisher matrix: what the loss is the negative log of.")
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="How many eigenvalues.")] = 10,
-    which: Annotated[Which, typer.Option(help="Those of largest magnitude, or from an end, or half from each.")] = (
+    which: Annotated[Which, typer.Option(help="Those of largest magnitude, the largest, or half from each end.")] = (
         Which.MAGNITUDE
     ),
     tol: Annotated[float, typer.Option(help="Tolerance of their residuals, relative to the largest.")] = 1e-4,
@@ -67,7 +68,10 @@ def spectrum(
             help="Go on until the standard error of the trace (with --layers: all) is at most this share (0.02: 2 %)."
         ),
     ] = None,
-    density: Annotated[bool, typer.Option("--density/--no-density", help="Estimate the spectral density.")] = True,
+    density: Annotated[
+        DensityAxis, typer.Option(help="Spectral density over λ; log: also over the decades of |λ|, signs apart.")
+    ] = DensityAxis.LINEAR,
+    no_density: Annotated[bool, typer.Option("--no-density", help="The same as --density none.")] = False,
     density_probes: Annotated[int, typer.Option(min=2, help="Random probes for the density.")] = 10,
     density_steps: Annotated[int, typer.Option(min=1, help="Lanczos steps per probe.")] = 80,
     landscape: Annotated[Landscape, typer.Option(help="The loss along the first eigenvectors.")] = Landscape.NONE,
@@ -102,6 +106,8 @@ def spectrum(
     _check(method, tol, trace_probes, precision, given)
     if operator is not OperatorName.FISHER and (wrong := [name for name in ("fisher", "likelihood") if name in given]):
         raise UsageError(f"--{wrong[0]} applies to --operator fisher only")
+    if no_density and "density" in given and density is not DensityAxis.NONE:
+        raise UsageError(f"--no-density contradicts --density {density.value}; leave one of both out")
     directions = {Landscape.NONE: 0, Landscape.LINE: 1, Landscape.PLANE: 2}[landscape]
     if directions > top:
         raise UsageError(f"--landscape {landscape.value}: needs --top {directions} or more, got {top}")
@@ -131,7 +137,7 @@ def spectrum(
         trace=method,
         trace_probes=None if precision is not None and "trace_probes" not in given else trace_probes,
         precision=precision,
-        density=density,
+        density=None if no_density or density is DensityAxis.NONE else density.value,
         density_probes=density_probes,
         density_steps=density_steps,
         landscape=directions,
@@ -225,7 +231,7 @@ def _settings(options: Any, subject: Problem, device: str) -> dict[str, Any]:
         if options.precision is not None:
             effort = f"standard error at most {options.precision:g} of it, at most {effort}"
         settings["trace"] = f"{options.trace}, {effort}"
-    if options.density:
+    if options.density is not None:
         settings["density"] = f"{options.density_probes} probes, {options.density_steps} Lanczos steps each"
     if options.landscape:
         settings["landscape"] = f"{options.landscape} of the eigenvectors, radius {options.landscape_radius:g}"
@@ -263,9 +269,10 @@ def _summary(result: dict[str, Any]) -> str:
     ]
     if result["top_eigenvalues"]:
         lines.append("rank   eigenvalue   residual")
-    rows = zip(result["top_eigenvalues"], result["residuals"], result["converged"], strict=True)
-    for rank, (value, residual, converged) in enumerate(rows, start=1):
-        lines.append(f"{rank:4d}  {value:11.5g}  {residual:9.2g}{'' if converged else '  not converged'}")
+    rows = zip(result["top_eigenvalues"], result["residuals"], result["status"], strict=True)
+    for rank, (value, residual, status) in enumerate(rows, start=1):
+        flag = "" if status == "converged" else f"  not converged ({status})"
+        lines.append(f"{rank:4d}  {value:11.5g}  {residual:9.2g}{flag}")
     if result["trace"] is not None:
         lines.append(
             f"trace {result['trace']:.5g} ± {result['trace_stderr']:.2g} "

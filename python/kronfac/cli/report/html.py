@@ -92,8 +92,10 @@ def number(value: float | None, digits: int = 3) -> str:
     return "–" if value is None else f"{value:.{digits}g}"
 
 
-def with_error(value: float, error: float) -> str:
-    """A value to the digits that its error leaves, two of the error."""
+def with_error(value: float, error: float | None) -> str:
+    """A value to the digits that its error leaves, two of the error; None where that is not known."""
+    if error is None:
+        return f"{value:.3g} ± ?"
     if not 0 < error < math.inf:
         return f"{value:.5g} ± {error:.2g}"
     places = 1 - math.floor(math.log10(error))

@@ -6,12 +6,13 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from kronfac.cli.report.landscape_figure import draw_landscape
 from kronfac.cli.report.theme import LIGHT, MaxNLocator, Theme, axes_of, density_curve, png_of
 
 MOST_LAYERS = 30
 """Layers in the figure; the table of the page has all of them."""
 
-NAMES = ("eigenvalues", "trace", "layers", "density")
+NAMES = ("eigenvalues", "trace", "layers", "density", "decades", "landscape")
 """Of all figures that a report may have."""
 
 Report = Mapping[str, Any]
@@ -32,6 +33,8 @@ def draw_all(report: Report, theme: Theme = LIGHT) -> dict[str, bytes]:
         "trace": (trace, len(report["trace_samples"] or ()) >= 2),
         "layers": (layers, report["layers"]),
         "density": (density, report["density"]),
+        "decades": (decades, report["density"] and report["density"]["log"]),
+        "landscape": (draw_landscape, report["landscape"]),
     }
     return {name: draw(report, theme) for name, (draw, there) in figures.items() if there}
 
@@ -58,7 +61,7 @@ def eigenvalues(report: Report, theme: Theme) -> bytes:
                 elinewidth=1.4,
                 capsize=3.0,
             )
-        left.set_xlabel("rank by magnitude")
+        left.set_xlabel("rank")
         left.set_ylabel("eigenvalue ± residual")
         # A residual of exactly 0 has no place on a logarithmic axis; that of a tiny problem may be.
         shown = [max(one, 1e-17) for one in relative]
@@ -77,7 +80,7 @@ def eigenvalues(report: Report, theme: Theme) -> bytes:
         )
         right.set_yscale("log")
         right.set_ylim(min(*shown, report["tol"]) / 3, max(*shown, report["tol"]) * 3)
-        right.set_xlabel("rank by magnitude")
+        right.set_xlabel("rank")
         right.set_ylabel("residual / largest |eigenvalue|")
         for axes in (left, right):
             axes.grid(visible=False, axis="x")
@@ -145,6 +148,36 @@ def density(report: Report, theme: Theme) -> bytes:
         axes.set_ylabel("density")
         if report["top_eigenvalues"]:
             axes.legend(frameon=False, labelcolor=theme.ink, fontsize=9)
+    return png_of(figure)
+
+
+def decades(report: Report, theme: Theme) -> bytes:
+    """The density over the decades of |λ|, of positive and negative eigenvalues apart."""
+    found = report["density"]["log"]
+    places = [10.0**place for place in found["grid"]]
+    highest = max(*found["positive"], *found["negative"])
+    # As on the linear axis: a small part of what one single eigenvalue gives.
+    floor = 0.03 / (report["parameters"] * found["sigma"] * (2 * math.pi) ** 0.5)
+    with axes_of(theme, size=(10.4, 4.2)) as (figure, axes):
+        for name, sign, colour in (("positive", ">", theme.blue), ("negative", "<", theme.orange)):
+            mass = found[f"{name}_mass"]
+            if mass > 0:
+                shown = [max(value, floor) for value in found[name]]
+                axes.fill_between(places, floor, shown, color=colour, alpha=0.22, linewidth=0)
+                axes.plot(places, shown, color=colour, linewidth=1.4, label=f"λ {sign} 0: {mass:.1%}")
+        for mass, label in (
+            (found["zero_mass"], f"|λ| < {found['threshold']:.1g}"),
+            (found["uncertain_mass"], "decade or sign uncertain"),
+        ):
+            if mass > 0.0005:
+                axes.plot([], [], " ", label=f"{label}: {mass:.1%}")
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_ylim(floor, 4 * max(highest, floor))
+        axes.set_xlim(places[0], places[-1])
+        axes.set_xlabel(f"|eigenvalue| (broadened by {found['sigma']:.2g} decades)")
+        axes.set_ylabel("density per decade")
+        axes.legend(frameon=False, labelcolor=theme.ink, fontsize=9)
     return png_of(figure)
 
 

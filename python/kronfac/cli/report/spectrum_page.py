@@ -11,6 +11,12 @@ from kronfac.cli.report.spectrum_figures import MOST_LAYERS
 
 MATRICES = {"hessian": "Hessian", "ggn": "Gauss-Newton matrix", "fisher": "Fisher matrix"}
 
+_WHICH = {
+    "magnitude": "Eigenvalues of largest magnitude",
+    "largest": "Largest eigenvalues",
+    "both": "Eigenvalues of both ends",
+}
+
 _METHODS = {
     "hutchinson": "Hutchinson's estimator with Rademacher probes",
     "hutch++": "Hutch++",
@@ -45,7 +51,7 @@ def render(report: Report, light: Mapping[str, bytes], dark: Mapping[str, bytes]
     ]
     if report["top_eigenvalues"]:
         body += [
-            "<h2>Eigenvalues of largest magnitude</h2>",
+            f"<h2>{_WHICH[report['which']]}</h2>",
             f"<p>{escape(_eigenvalue_text(report))}</p>",
             figures(
                 "eigenvalues",
@@ -89,6 +95,22 @@ def render(report: Report, light: Mapping[str, bytes], dark: Mapping[str, bytes]
             ),
             _checks(report),
         ]
+        if report["density"]["log"] is not None:
+            body += [
+                "<h2>Density over the decades</h2>",
+                f"<p>{escape(_decades_text(report))}</p>",
+                figures(
+                    "decades",
+                    "Spectral density over the decades of the eigenvalues' magnitude",
+                    "Both axes are logarithmic; positive and negative eigenvalues apart.",
+                ),
+            ]
+    if report["landscape"] is not None:
+        body += [
+            "<h2>The loss around the parameters</h2>",
+            f"<p>{escape(_landscape_text(report))}</p>",
+            figures("landscape", "The loss along the first eigenvectors", _landscape_caption(report)),
+        ]
     body += ["<h2>How it was computed</h2>", *_how(report)]
     return document(f"kronfac spectrum: {report['problem']}", body)
 
@@ -97,12 +119,17 @@ def _headline(report: Report) -> str:
     parts = []
     if report["top_eigenvalues"]:
         parts.append(
-            f"The largest eigenvalue is <b>{number(report['top_eigenvalues'][0], 5)}</b> "
+            f"The {_first(report)} is <b>{number(report['top_eigenvalues'][0], 5)}</b> "
             f"<span class=soft>(residual {number(report['residuals'][0], 2)})</span>"
         )
     if report["trace"] is not None:
         parts.append(f"the trace <b>{with_error(report['trace'], report['trace_stderr'])}</b>")
     return (", ".join(parts) or "No eigenvalue and no trace had been computed") + "."
+
+
+def _first(report: Report) -> str:
+    """What the eigenvalue at the head of the list is."""
+    return "largest eigenvalue" if report["top_eigenvalues"][0] >= 0 else "eigenvalue of largest magnitude"
 
 
 def _setting(report: Report) -> str:
@@ -128,8 +155,8 @@ def _cards(report: Report) -> str:
     values, size = report["top_eigenvalues"], report["parameters"]
     if values:
         note = f"± {number(report['residuals'][0], 2)}, its residual"
-        cards.append(card("Largest eigenvalue", number(values[0], 5), note))
-        note = f"relative to the largest eigenvalue; tolerance {report['tol']:g}"
+        cards.append(card(_first(report).capitalize(), number(values[0], 5), note))
+        note = f"relative to the first eigenvalue; tolerance {report['tol']:g}"
         worst = number(max(report["relative_residuals"]), 2)
         cards.append(card(f"Worst residual of {len(values)}", worst, note, all(report["converged"])))
     if report["trace"] is not None:
@@ -140,17 +167,18 @@ def _cards(report: Report) -> str:
         if asked is not None:
             note, met = f"{share}; target {asked:.3g}", stderr <= asked * abs(value)
         cards.append(card("Trace", with_error(value, stderr), note, met))
-        if values and value > 0 and min(values) > 0:
+        if values and value > 0 and min(values) > 0 and report["which"] != "both":
             top = "The largest eigenvalue" if len(values) == 1 else f"The {len(values)} largest eigenvalues"
             note = f"of the trace; the other {size - len(values):,} have the rest"
             cards.append(card(top, f"{sum(values) / value:.0%}", note))
     if values and min(values) < 0:
-        note = f"among the {len(values)} of largest magnitude"
+        note = f"among the {len(values)} {'of largest magnitude' if report['which'] == 'magnitude' else 'found'}"
         cards.append(card("Most negative found", number(min(values), 5), note))
     found = report["density"]
     if found is not None:
         norm = found["squared_frobenius"] ** 0.5
-        error = found["squared_frobenius_stderr"] / (2 * norm) if norm else 0.0
+        square = found["squared_frobenius_stderr"]
+        error = None if square is None else square / (2 * norm) if norm else 0.0
         cards.append(card("Frobenius norm", with_error(norm, error), "that the density implies"))
     products = sum(stage["products"] for stage in report["stages"])
     cards.append(card("Cost", f"{products:,} products", f"with vectors, in {_seconds(report['seconds'])}"))
@@ -167,14 +195,11 @@ def _eigenvalue_text(report: Report) -> str:
 
 
 def _eigenvalue_table(report: Report) -> str:
-    columns = (report["top_eigenvalues"], report["residuals"], report["relative_residuals"], report["converged"])
-    rows = [
-        (
-            [str(rank), number(value, 6), number(residual), number(relative), "converged" if done else "not converged"],
-            "",
-        )
-        for rank, (value, residual, relative, done) in enumerate(zip(*columns, strict=True), start=1)
-    ]
+    columns = (report["top_eigenvalues"], report["residuals"], report["relative_residuals"], report["status"])
+    rows = []
+    for rank, (value, residual, relative, status) in enumerate(zip(*columns, strict=True), start=1):
+        outcome = status if status == "converged" else f"not converged ({status})"
+        rows.append(([str(rank), number(value, 6), f"{residual:.1e}", f"{relative:.1e}", outcome], ""))
     return table(["rank", "eigenvalue", "residual", "relative", "status"], rows)
 
 
@@ -229,11 +254,38 @@ def _density_text(report: Report) -> str:
     )
 
 
+def _decades_text(report: Report) -> str:
+    found = report["density"]["log"]
+    return (
+        "The same Ritz values on the axis log₁₀|λ|. Lanczos resolves the ends of a spectrum and what lies apart, and "
+        f"smears a bulk around zero over the decades below its own width: {found['uncertain_mass']:.1%} of the "
+        "eigenvalues are of uncertain decade or sign. More Lanczos steps push that limit down."
+    )
+
+
+def _landscape_text(report: Report) -> str:
+    found = report["landscape"]
+    where = "the eigenvector" if len(found["coordinates"]) == 1 else "the plane of the eigenvectors"
+    centre = ", ".join(f"{name} {number(value, 4)}" for name, value in found["centre"].items())
+    return (
+        f"The loss itself on a grid along {where}, {found['evaluations']:,} passes over a data set, evaluation mode. "
+        f"Distances are Euclidean, in the space of the parameters. In the middle: {centre}."
+    )
+
+
+def _landscape_caption(report: Report) -> str:
+    if len(report["landscape"]["coordinates"]) == 1:
+        return "Dashed: what slope and curvature in the middle predict."
+    return "The cross marks the parameters. Both data sets have the same scale."
+
+
 def _checks(report: Report) -> str:
     """The trace as the density implies it beside that which was estimated directly."""
     if report["trace"] is None:
         return ""
     found = report["density"]
+    if found["trace_stderr"] is None:  # of one probe, where Ctrl-C came early
+        return ""
     spread = (report["trace_stderr"] ** 2 + found["trace_stderr"] ** 2) ** 0.5
     apart = abs(report["trace"] - found["trace"])
     verdict = f"{number(apart / spread, 2)} standard errors apart" if spread else f"{number(apart)} apart"
@@ -245,12 +297,12 @@ def _checks(report: Report) -> str:
 
 
 def _how(report: Report) -> list[str]:
-    stages = [
-        ([stage["name"], stage["status"], f"{stage['products']:,}", _seconds(stage["seconds"])], "")
-        for stage in report["stages"]
-    ]
-    total = ["together", "", f"{sum(stage['products'] for stage in report['stages']):,}", _seconds(report["seconds"])]
-    cost = table(["stage", "status", "products", "time"], [*stages, (total, "chosen")])
+    rows = []
+    for stage in report["stages"]:
+        name = stage["name"] if stage["status"] == "done" else f"{stage['name']} ({stage['status']})"
+        rows.append(([name, f"{stage['products']:,}", _seconds(stage["seconds"])], ""))
+    total = ["together", f"{sum(stage['products'] for stage in report['stages']):,}", _seconds(report["seconds"])]
+    cost = table(["stage", "products", "time"], [*rows, (total, "chosen")])
     return [
         "<div class='boxes three'>",
         f"<div class=box><h3>Cost</h3>{cost}</div>",
