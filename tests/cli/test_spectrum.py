@@ -81,6 +81,7 @@ def test_of_a_trained_network(kronfac: Kronfac, tmp_path: Path) -> None:
     width = density["grid"][1] - density["grid"][0]
     assert abs(sum(density["values"]) * width - 1) < 1e-3
 
+    options = ["--top", 3, "--trace", "none", "--no-density", "--examples", 100]
     bare = tmp_path / "bare.pt"
     torch.save(torch.load(run / "checkpoint.pt", weights_only=True)["model"], bare)
     again = kronfac("spectrum", "digits", "--checkpoint", bare, *options, "--json", "--quiet").json
@@ -218,6 +219,40 @@ def test_precision(kronfac: Kronfac) -> None:
         f"The standard error of the trace is {short.json['trace_stderr'] / short.json['trace']:.2g} of it; "
         "0.02 was asked for."
     ]
+
+
+def test_both_ends(kronfac: Kronfac) -> None:
+    options = ["--which", "both", "--top", 4, "--trace", "none", "--no-density", "--double", "--json", "--quiet"]
+    outcome = kronfac("spectrum", f"{HERE}:regression", *options)
+    assert outcome.status == 0
+    exact = torch.linalg.eigvalsh(regression_hessian()).flip(0)
+    expected = torch.cat([exact[:2], exact[-2:]])
+    assert torch.allclose(torch.tensor(outcome.json["top_eigenvalues"], dtype=torch.float64), expected, rtol=1e-8)
+    assert "Eigenvalues of both ends" in Path("spectrum-report/report.html").read_text()
+
+
+@pytest.mark.parametrize("directions", [1, 2])
+def test_landscape_of_least_squares(kronfac: Kronfac, directions: int) -> None:
+    options = ["--landscape", f"{directions}d", "--radius", 2, "--points", 5, "--top", 2, "--trace", "none", "--quiet"]
+    outcome = kronfac("spectrum", f"{HERE}:two_parts", *options, "--density", "log", "--density-probes", 2, "--json")
+    assert outcome.status == 0
+    found = outcome.json["landscape"]
+    axis = torch.tensor(found["coordinates"][0], dtype=torch.float64)
+    assert axis.tolist() == [-2.0, -1.0, 0.0, 1.0, 2.0]
+    assert len(found["coordinates"]) == directions
+    # The loss is a quadratic function, whose curvatures along eigenvectors are the eigenvalues.
+    slopes = torch.tensor(found["slopes"]["training"], dtype=torch.float64)
+    values = torch.linalg.eigvalsh(two_parts_hessian()).flip(0)[:directions]
+    steps = torch.stack(torch.meshgrid(*[axis] * directions, indexing="ij"), dim=-1)
+    expected = found["centre"]["training"] + steps @ slopes + 0.5 * steps.square() @ values
+    losses = torch.tensor(found["losses"]["training"], dtype=torch.float64)
+    assert torch.allclose(losses, expected, rtol=1e-5, atol=1e-5)
+
+    # Of 6 eigenvalues, all positive, Lanczos finds every one.
+    log = outcome.json["density"]["log"]
+    assert (log["positive_mass"], log["negative_mass"]) == (pytest.approx(1.0), 0.0)
+    files = {path.name for path in Path("spectrum-report").iterdir()}
+    assert {"decades.png", "density.png", "landscape.png"} <= files
 
 
 def test_single_batch(kronfac: Kronfac) -> None:

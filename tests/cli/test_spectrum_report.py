@@ -108,6 +108,11 @@ def synthetic() -> dict[str, Any]:
     }
 
 
+def only(**fields: Any) -> dict[str, Any]:
+    """A report of eigenvalues and these."""
+    return synthetic() | {"layers": None, "density": None, "landscape": None, "trace_samples": None} | fields
+
+
 def laid_out(report: dict[str, Any]) -> tuple[str, Checker]:
     light, dark = spectrum_figures.draw_all(report, LIGHT), spectrum_figures.draw_all(report, DARK)
     assert all(png.startswith(PNG) for png in [*light.values(), *dark.values()])
@@ -158,8 +163,7 @@ def test_page() -> None:
 
 
 def test_page_of_what_there_is() -> None:
-    report = synthetic() | {"interrupted": False, "notes": [], "layers": None, "density": None, "trace_samples": None}
-    report |= {"landscape": None}
+    report = only(interrupted=False, notes=[])
     report |= {"stages": report["stages"][:1], "trace": None, "trace_stderr": None, "precision": None}
     _, checker = laid_out(report)
     assert len(checker.references) == 2  # the eigenvalues
@@ -171,25 +175,24 @@ def test_page_of_what_there_is() -> None:
 
 
 def test_plane() -> None:
-    report = synthetic()
-    report["landscape"] |= {
+    plane = synthetic()["landscape"] | {
         "coordinates": [[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0]],
         "labels": ["one", "two"],
         "losses": {"training": [[7.0, 5.0, 90.0], [1.0, 0.875, 2.0], [None, 9.0, 100.0]], "test": [[8.0] * 3] * 3},
         "slopes": {"training": [0.25, 0.0], "test": [-0.5, 0.0]},
         "curvatures": {"training": [[12.0, 0.0], [0.0, 6.0]], "test": [[13.0, 0.0], [0.0, 5.0]]},
     }
-    _, checker = laid_out(report)
+    _, checker = laid_out(only(landscape=plane))
     assert "the plane of the eigenvectors" in checker.text
+    assert "Both data sets have the same scale" in checker.text
     constant = {"losses": {"training": [[0.5] * 3] * 3}, "centre": {"training": 0.5}}
-    laid_out(report | {"landscape": report["landscape"] | constant})
+    assert "Both data sets" not in laid_out(only(landscape=plane | constant))[1].text
 
 
 def test_many_layers() -> None:
-    report = synthetic()
-    one = report["layers"][0]
-    report["layers"] = [one | {"name": f"blocks.{number}." + "long" * 10} for number in range(40)]
-    text, checker = laid_out(report)
+    one = synthetic()["layers"][0]
+    many = [one | {"name": f"blocks.{number}." + "long" * 10} for number in range(40)]
+    text, checker = laid_out(only(layers=many))
     assert "The 10 with the smallest traces are in the table only" in checker.text
     assert "<details" in text
     assert all(f"blocks.{number}." in checker.text for number in range(40))

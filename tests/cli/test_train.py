@@ -198,3 +198,10 @@ def test_own_problem_brings_its_own_batches(kronfac: Kronfac) -> None:
     outcome = kronfac("train", f"{HERE}:regression", "--batch-size", 8)
     assert outcome.status == 2
     assert "--batch-size" in outcome.message
+
+
+def test_a_problem_that_says_its_likelihood(kronfac: Kronfac) -> None:
+    outcome = kronfac("train", f"{HERE}:two_parts", "--epochs", 2, "--json", "--quiet")
+    assert outcome.status == 0
+    assert outcome.json["settings"]["likelihood"].startswith("Gaussian")
+    assert outcome.json["train_loss"][1] < outcome.json["train_loss"][0]

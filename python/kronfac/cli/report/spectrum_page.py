@@ -276,7 +276,8 @@ def _landscape_text(report: Report) -> str:
 def _landscape_caption(report: Report) -> str:
     if len(report["landscape"]["coordinates"]) == 1:
         return "Dashed: what slope and curvature in the middle predict."
-    return "The cross marks the parameters. Both data sets have the same scale."
+    both = " Both data sets have the same scale." if len(report["landscape"]["losses"]) > 1 else ""
+    return f"The cross marks the parameters.{both}"
 
 
 def _checks(report: Report) -> str:
