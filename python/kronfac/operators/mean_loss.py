@@ -28,6 +28,8 @@ from kronfac.operators.program import LossFunction, Program, differentiate, refu
 class MeanLoss:
     """The mean (or summed) loss over all the data at displaced parameters; the model is left as it was.
 
+    In a process group every rank has the loss of its own data: nothing is summed.
+
     Args: as `kronfac.operators.hessian`, with the name of the public function for error messages.
 
     Attributes:
@@ -57,7 +59,7 @@ class MeanLoss:
             raise ValueError(f'{caller}: reduction: expected "mean" or "sum", got {reduction!r}')
         self.chosen, self.layout = select_parameters(self.model, params, caller)
         self._reduction = reduction
-        self._program = Program(self.model, loss_fn, caller)
+        self._program = Program(self.model, loss_fn, caller, None)
         generators = {id(found): found for found in generators_of(data)}
         self._streams = RandomStreams(accelerator_devices(self.model), tuple(generators.values()))
         with preserved_streams(self._streams):
@@ -107,8 +109,10 @@ class MeanLoss:
     def _shifted(self, offset: Tensor) -> dict[str, Tensor]:
         offsets = self.layout.offsets
         return {
-            # Summed in the type of the vectors: a half-precision parameter is rounded once, not three times.
-            name: (p.detach().to(self.layout.dtype) + offset[first:last].view(p.shape).to(p.device)).to(p.dtype)
+            # Half-precision parameters are displaced in float32, as the program runs them.
+            name: (p.detach().to(self.layout.dtype) + offset[first:last].view(p.shape).to(p.device)).to(
+                self._program.compute_type(p)
+            )
             for (name, p), first, last in zip(self.chosen.items(), offsets[:-1], offsets[1:], strict=True)
         }
 

@@ -112,8 +112,8 @@ class Program(nn.Module):
         Raises:
             ValueError, TypeError: it is no real scalar, or draws random numbers.
         """
-        values = {f"model.{name}": shifted.get(name, p.detach()) for name, p in self.model.named_parameters()}
-        values.update((name, buffer.clone()) for name, buffer in self.named_buffers())
+        _, values = self._stand_ins({})
+        values.update((f"model.{name}", value) for name, value in shifted.items())
         before = RandomStreams(self._accelerators)
         with torch.no_grad():
             loss = self._run(batch, values, cut=False)

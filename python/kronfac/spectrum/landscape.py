@@ -52,8 +52,9 @@ def landscape(
     """Evaluate the loss at θ + a d₁, or θ + a d₁ + b d₂, on a grid of coordinates around the model's parameters θ.
 
     Forward passes only; the loss need not be differentiable. The model runs in eval mode (batch normalisation on the
-    running statistics of θ, dropout off, autocast off) on displaced copies of its parameters: mode, buffers, `.grad`,
-    hooks and all random streams are as before.
+    running statistics of θ, dropout off, autocast off, half precision as float32) on displaced copies of its
+    parameters: mode, buffers, `.grad`, hooks and all random streams are as before. In a process group every rank has
+    the landscape of its own data.
 
     Args:
         model: the model.
@@ -280,7 +281,8 @@ def _quadratic_model(
     slopes, curvatures = {}, {}
     for name, data in sets.items():
         chosen = list(losses[name].layout.names)
-        images = hessian(model, loss_fn, data, chosen, reduction=reduction, batch_size=batch_size) @ rows.mT
+        matrix = hessian(model, loss_fn, data, chosen, reduction=reduction, batch_size=batch_size, distributed=False)
+        images = matrix @ rows.mT
         slopes[name] = (rows.double() @ losses[name].gradient()[1].double()).cpu()
         curvatures[name] = (rows.double() @ images.double()).cpu()
     return slopes, curvatures

@@ -56,7 +56,7 @@ def through_training(
 
     The parameters of each checkpoint are put into a copy of the model; the model itself is not touched, and of its own
     values matters only that the loss is finite there. A model in float64 computes in float64, whatever
-    type the checkpoints have.
+    type the checkpoints have. In a process group every rank analyses its own data.
 
     Args:
         model: the model, which can be copied with `copy.deepcopy`.
@@ -106,7 +106,9 @@ def through_training(
     names = list(MeanLoss(original, loss_fn, data, params, **_options(reduction, batch_size)).layout.names)
     twin = _copy(original)
     loss = MeanLoss(twin, loss_fn, data, names, **_options(reduction, batch_size))
-    curvature = _OPERATORS[operator](twin, loss_fn, data, names, reduction=reduction, batch_size=batch_size)
+    curvature = _OPERATORS[operator](
+        twin, loss_fn, data, names, reduction=reduction, batch_size=batch_size, distributed=False
+    )
     settings = {
         "the operator": operator,
         "the chosen parameters": names,
