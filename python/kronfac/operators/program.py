@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from kronfac.operators.data import Batch, leaves, to_device
 from kronfac.operators.isolation import RandomStreams, accelerator_devices
+from kronfac.operators.substitution import call_with
 
 LossFunction = Callable[[Any, Any], Tensor]
 """Called as loss_fn(output, targets); returns a scalar."""
@@ -140,7 +140,7 @@ class Program(nn.Module):
         return SplitEvaluation(outputs, cuts, loss.reshape(()), leaves)
 
     def forward(self, batch: Batch, cut: bool) -> Any:
-        """Called through `functional_call`, so that the loss too sees the stand-ins in model.parameters()."""
+        """Called through `call_with`, so that the loss too sees the stand-ins in model.parameters()."""
         inputs, targets = (to_device(tree, self._device, self.compute_type) for tree in (batch.inputs, batch.targets))
         if isinstance(inputs, Mapping):
             output = self.model(**inputs)
@@ -167,7 +167,7 @@ class Program(nn.Module):
 
     def _run(self, batch: Batch, values: dict[str, Tensor], *, cut: bool) -> Any:
         try:
-            return functional_call(self, values, (batch, cut), tie_weights=True)
+            return call_with(self, values, (batch, cut))
         except RuntimeError as error:
             if not (self._dtype or self._widened) or not any(word in str(error) for word in _TYPE_MISMATCHES):
                 raise

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -21,6 +20,7 @@ from kronfac.curvature import Recorder
 from kronfac.curvature.hooks import obstacle, unrecorded
 from kronfac.operators.isolation import RandomStreams, accelerator_devices, differentiable_twice, preserved_streams
 from kronfac.operators.program import graph_nodes, leaf_variables, refuse_once_differentiable
+from kronfac.operators.substitution import call_with
 
 _CALLER = "KFAC.step: adaptive=True"
 _NO_FORWARD_MODE = ("forward AD", "forward-mode", "jvp")
@@ -209,10 +209,7 @@ class Replayer:
 
     def _run(self, call: Call, leaves: Mapping[str, Tensor] | None = None) -> tuple[Tensor, Tensor | None]:
         args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: tensor.detach(), (call.args, call.kwargs))
-        if leaves is None:
-            out = self._model(*args, **kwargs)
-        else:
-            out = functional_call(self._model, dict(leaves), args, kwargs)
+        out = self._model(*args, **kwargs) if leaves is None else call_with(self._model, leaves, args, kwargs)
         logits = out if self._output is None else self._output(out)
         if not isinstance(logits, Tensor):
             raise TypeError(
