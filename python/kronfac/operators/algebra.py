@@ -68,7 +68,7 @@ class ParameterOperator(VectorProducts):
 
         Args:
             groups: names of parameters, or of modules for all chosen parameters below them, by the name of the block;
-                None for one block per module that owns chosen parameters.
+                None for one block per module that owns chosen parameters with entries.
 
         Returns:
             Operators by block name, for None the module names of `model.named_modules()` (the empty name is the model
@@ -80,8 +80,9 @@ class ParameterOperator(VectorProducts):
         """
         owned: dict[str, list[int]] = {}
         if groups is None:
-            for position, name in enumerate(self.names):
-                owned.setdefault(name.rpartition(".")[0], []).append(position)
+            for position, (name, shape) in enumerate(zip(self.names, self._layout.shapes, strict=True)):
+                if shape.numel():  # nn.Linear(3, 0) has nothing to take a block of
+                    owned.setdefault(name.rpartition(".")[0], []).append(position)
         else:
             owned = {group: self._positions_of(group, wanted) for group, wanted in groups.items()}
         blocks = {name: self._restricted(positions) for name, positions in owned.items()}
@@ -122,6 +123,8 @@ class ParameterOperator(VectorProducts):
             found += some
         if not found or len(set(found)) < len(found):
             raise ValueError(f"{where}: expected distinct parameters, at least one, got {list(wanted)}")
+        if not any(self._layout.shapes[position].numel() for position in found):
+            raise ValueError(f"{where}: expected parameters with entries, got {list(wanted)}, which have none")
         return found
 
     # ------------------------------------------------------------------ arithmetic
