@@ -115,7 +115,7 @@ def test_zeros_of_a_singular_matrix(network: Trained, tol: float, products: int,
     assert not unmatched(values, residuals + _ROUND_OFF * norm, spectrum)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["hessian", pytest.param("ggn", marks=pytest.mark.slow)])
 def test_200_steps_have_no_spurious_copies(network: Trained, kind: str) -> None:
     operator = check_operator(network.dense(kind), "test")
     spectrum = network.spectrum(kind)
