@@ -169,6 +169,16 @@ def test_a_budget_too_small_for_the_precision_is_seen_in_the_result() -> None:
         result = trace(operator, method, target_relative=1e-4, max_products=16)
         assert result.products <= 16
         assert result.stderr > 1e-4 * abs(result.value)
+        assert not result.converged
+        assert trace(operator, method, target_relative=0.3).converged
+        assert trace(operator, method, probes=16).converged  # of what was asked for, nothing is missing
+    blocks = block_traces(operator, target_relative=1e-4, max_products=16)
+    largest = max(abs(found.trace) for found in blocks.values())
+    assert [found.converged for found in blocks.values()] == [
+        found.trace_stderr <= 1e-4 * largest for found in blocks.values()
+    ]
+    assert not all(found.converged for found in blocks.values())
+    assert all(found.converged for found in block_traces(operator, target_relative=0.5).values())
     pairs = eigsh(operator, 5, max_products=10, tol=1e-10)
     assert not pairs.converged.all()
     assert (pairs.residuals[~pairs.converged] > 1e-10 * pairs.values.abs().max()).all()

@@ -43,7 +43,7 @@ def block_traces(
         target_relative: spend vectors, at least 16, until the standard error of every trace is at most this share of
             the largest one's magnitude; 0.02 for 2 %. Not of its own, since the trace of a block may be close to 0; for
             that there is `trace(op.blocks()[name], target_relative=...)`. Not with `restricted`.
-        max_products: the most to spend on a target; compare the standard errors of the result with it.
+        max_products: the most to spend on a target; `converged` of each result says whether they were enough.
         restricted: probe each block alone.
         seed: of the probes; equal seeds give equal results.
         progress: called as progress(products, products in all or None); True for a progress bar.
@@ -103,8 +103,10 @@ def block_traces(
                 # Not after every probe: the errors of many blocks take their time as well.
                 if target_relative is not None and first + count >= check_at:
                     check_at = (first + count) * _CHECK_EVERY
-                    if _precise(traces, target_relative):
+                    if len(_precise(traces, target_relative)) == len(traces):
                         break
+    traces = {name: found for name, found in traces.items() if len(found) >= 2}
+    met = set(traces) if target_relative is None else _precise(traces, target_relative)
     return {
         name: BlockTraceResult(
             size=blocks[name].shape[0],
@@ -115,13 +117,13 @@ def block_traces(
             restricted=restricted,
             products=len(found),
             interrupted=stop.requested,
+            converged=name in met,
         )
         for name, found in traces.items()
-        if len(found) >= 2
     }
 
 
-def _precise(traces: Mapping[str, list[float]], share: float) -> bool:
-    """Whether the standard error of each block is at most this share of the largest trace."""
-    largest = max(abs(sum(found) / len(found)) for found in traces.values())
-    return all(standard_error(found) <= share * largest for found in traces.values())
+def _precise(traces: Mapping[str, list[float]], share: float) -> set[str]:
+    """The blocks whose standard error is at most this share of the largest trace."""
+    largest = max((abs(sum(found) / len(found)) for found in traces.values()), default=0.0)
+    return {name for name, found in traces.items() if standard_error(found) <= share * largest}

@@ -107,6 +107,7 @@ class TraceResult:
             "hutch++" share the trace of the sketch, and each of "xtrace" leaves one probe out of it.
         method: how it was estimated.
         interrupted: whether a KeyboardInterrupt ended it with fewer probes than asked for.
+        converged: whether the standard error met the target that was asked for; True where none was.
     """
 
     value: float
@@ -115,6 +116,7 @@ class TraceResult:
     samples: Tensor
     method: str = "hutchinson"
     interrupted: bool = False
+    converged: bool = True
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw the running mean over the samples with a band of two standard errors.
@@ -202,6 +204,7 @@ class BlockTraceResult:
         restricted: whether the block was probed alone.
         products: products with single vectors; shared by all blocks where these were not probed alone.
         interrupted: whether a KeyboardInterrupt ended the estimate with fewer probes than asked for.
+        converged: whether the standard error of this trace met the target that was asked for; True where none was.
     """
 
     size: int
@@ -212,6 +215,7 @@ class BlockTraceResult:
     restricted: bool
     products: int
     interrupted: bool = False
+    converged: bool = True
 
     @property
     def mean_eigenvalue(self) -> float:

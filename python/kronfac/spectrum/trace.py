@@ -59,7 +59,7 @@ def trace(
             products, where that costs no more.
         target_stderr: spend products until the standard error is at most this (in units of the trace), at least 16.
         target_relative: the same as a share of the estimate's magnitude; 0.02 for 2 %.
-        max_products: the most to spend on a target; compare `stderr` of the result with the target.
+        max_products: the most to spend on a target; `converged` of the result says whether they were enough.
         distribution: "rademacher" or "gaussian", of the probes; the sketch of "hutch++" is Gaussian, "xtrace" has
             probes of its own on the sphere.
         seed: of the probes; equal seeds give equal results.
@@ -106,6 +106,7 @@ def trace(
         samples=torch.tensor(found.samples, dtype=torch.float64),
         method="hutchinson" if found.plain else method,
         interrupted=stop.requested,
+        converged=target is None or target.met(found.value, found.stderr),
     )
 
 
