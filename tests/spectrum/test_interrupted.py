@@ -166,6 +166,65 @@ def test_the_first_signal_within_a_product_does_not_break_it(use: Callable[[Any]
     assert operator.products == result.products
 
 
+@pytest.mark.parametrize("products", [30, 46])
+@pytest.mark.parametrize(
+    "use",
+    [
+        *(lambda operator, m=method: eigsh(operator, 9, method=m) for method in METHODS),  # type: ignore[misc]
+        *(lambda operator, m=method: trace(operator, m, probes=60) for method in TRACE_METHODS),  # type: ignore[misc]
+        *(lambda operator, m=method: diagonal(operator, m, probes=60) for method in DIAGONAL_METHODS),  # type: ignore[misc]
+    ],
+)
+def test_a_product_that_it_breaks_is_left_out(use: Callable[[Any], Any], products: int) -> None:
+    """As where it reaches the persistent workers of a loader, too."""
+
+    class Breaking(Counted):
+        def __matmul__(self, vectors: torch.Tensor) -> torch.Tensor:
+            if self.products >= products:
+                signal.raise_signal(signal.SIGINT)
+                raise RuntimeError("DataLoader worker exited unexpectedly")
+            return super().__matmul__(vectors)
+
+    operator = Breaking(with_spectrum(_NETWORK))
+    result = use(operator)
+    assert result.interrupted
+    assert result.products == operator.products
+    with pytest.raises(KeyboardInterrupt):  # the next run's first product
+        use(operator)
+
+
+def test_a_block_trace_that_it_breaks() -> None:
+    case = make_case("mlp", torch.float64)
+    operator = ggn(case.model, case.loss_fn, (case.inputs, case.targets))
+    engine, multiply, calls = operator._engine, operator._engine.multiply, [0]
+
+    def breaking(*args: Any) -> torch.Tensor:
+        calls[0] += 1
+        if calls[0] > allowed:
+            signal.raise_signal(signal.SIGINT)
+            raise RuntimeError("DataLoader worker exited unexpectedly")
+        return multiply(*args)
+
+    engine.multiply = breaking  # type: ignore[method-assign]
+    allowed = 2
+    found = block_traces(operator, probes=30)
+    assert all(block.interrupted for block in found.values())
+    assert {block.products for block in found.values()} == {16}
+    with pytest.raises(KeyboardInterrupt):
+        block_traces(operator, probes=30)
+
+
+def test_an_error_without_one_is_an_error() -> None:
+    class Failing(Counted):
+        def __matmul__(self, vectors: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("on purpose")
+
+    operator = Failing(with_spectrum(_NETWORK))
+    for use in (lambda: eigsh(operator, 3), lambda: trace(operator), lambda: diagonal(operator)):
+        with pytest.raises(RuntimeError, match="on purpose"):
+            use()
+
+
 def test_with_nothing_done_it_is_raised() -> None:
     """A signal in the first call, which for a single probe is no estimate yet; an exact trace has no part of use."""
     tiny = with_spectrum([3.0, 2.0, 1.0])

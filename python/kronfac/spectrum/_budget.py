@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from torch import Tensor
+
+from kronfac.linalg.symmetric import CheckedOperator
+from kronfac.linalg.trace import StoppedError
 from kronfac.spectrum._interrupt import Interrupt
 from kronfac.spectrum.results import Ended
 
@@ -34,6 +38,25 @@ class Budget:
             KeyboardInterrupt: the user asked to stop before there was anything to return.
         """
         return not self.stop.stops(self.spent) and self.spent + products <= self.limit - self.reserved
+
+    def broken(self) -> None:
+        """Note that a Ctrl-C broke the product under way.
+
+        Raises:
+            KeyboardInterrupt: it was the first, so that there is nothing to return.
+        """
+        self.stop.stops(self.spent)
+
+    def images(self, operator: CheckedOperator, columns: Tensor) -> Tensor | None:
+        """Products with the vectors found (n, k), from those that are reserved; None where the user asked to stop."""
+        if self.stop.requested:
+            return None
+        try:
+            images = operator.matmat(columns)
+        except StoppedError:
+            return None
+        self.count(columns.shape[1])
+        return images
 
     def count(self, products: int) -> None:
         """Note so many as spent."""

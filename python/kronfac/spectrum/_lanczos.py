@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kronfac.linalg.subspace import Float64Array, Subspace
+from kronfac.linalg.trace import StoppedError
 from kronfac.spectrum._budget import Budget
 from kronfac.spectrum._certificate import certified, uncertified
 from kronfac.spectrum._wanted import Indices, Wanted
@@ -109,12 +110,11 @@ class LanczosSearch:
         ritz = self._ritz()
         chosen = ritz.order[: self.wanted.k]
         columns = self.subspace.vectors(ritz.coordinates[:, chosen]).mT
-        if self.budget.stop.requested:
+        images = self.budget.images(self.subspace.operator, columns)
+        if images is None:
             floor = _ROUND_OFF * self.subspace.operator.epsilon * self.subspace.norm
             residuals = ritz.residuals[chosen] + self.subspace.forgotten(ritz.coordinates[:, chosen]) + floor
             return uncertified(columns, ritz.values[chosen], residuals, self.wanted, self._threshold, self.budget.spent)
-        images = self.subspace.operator.matmat(columns)
-        self.budget.count(columns.shape[1])
         ended = self.budget.ended(finished=self._finished)
         return certified(columns, images, self.wanted, self._threshold, self.budget.spent, ended)
 
@@ -172,6 +172,10 @@ class LanczosSearch:
         width = self.subspace.width
         if not self.budget.allows(width):
             return False
-        self.subspace.expand()
+        try:
+            self.subspace.expand()
+        except StoppedError:
+            self.budget.broken()
+            return False
         self.budget.count(width)
         return True

@@ -18,6 +18,7 @@ from torch import Generator, Tensor
 from kronfac.linalg.lanczos import check_symmetric
 from kronfac.linalg.subspace import Float64Array, norm, random_direction
 from kronfac.linalg.symmetric import CheckedOperator
+from kronfac.linalg.trace import StoppedError
 from kronfac.ops import orthogonalize_
 from kronfac.spectrum._budget import Budget
 from kronfac.spectrum._certificate import certified, inner_products, uncertified
@@ -68,19 +69,22 @@ class LobpcgSearch:
     def run(self) -> EigenResult:
         """Improve the block until the wanted pairs have converged or the budget is spent."""
         self.budget.allows(len(self.X))  # unless nothing has been done and nothing should be
-        self.AX = self._multiply(self.X)
+        try:
+            self.AX = self._multiply(self.X)
+        except StoppedError:
+            self.budget.broken()
         self._improve(self.X, self.AX)
         for refresh in range(_REFRESHES + 1):
             finished = self._iterate()
             chosen = self._chosen()
             columns = self.X[chosen].mT
-            if self.budget.stop.requested:
+            images = self.budget.images(self.operator, columns)
+            if images is None:
                 floor = _ROUND_OFF * (1 + self.steps) * self.operator.epsilon * self.norm
                 residuals = self._residuals()[1][chosen] + floor
                 return uncertified(
                     columns, self.values[chosen], residuals, self.wanted, self._threshold, self.budget.spent
                 )
-            images = self._multiply(self.X[chosen]).mT
             result = certified(
                 columns, images, self.wanted, self._threshold, self.budget.spent, self.budget.ended(finished=finished)
             )
@@ -114,7 +118,11 @@ class LobpcgSearch:
             W = self._directions(residuals[open_] / torch.from_numpy(lengths[open_]).to(residuals)[:, None])
             if not len(W) and not len(self.P):
                 return True
-            S, AS = torch.cat([self.X, self.P, W]), torch.cat([self.AX, self.AP, self._multiply(W)])
+            try:
+                AW = self._multiply(W)
+            except StoppedError:
+                return False
+            S, AS = torch.cat([self.X, self.P, W]), torch.cat([self.AX, self.AP, AW])
             self.steps += 1
             self._improve(S, AS)
 

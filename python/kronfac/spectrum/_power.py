@@ -9,6 +9,7 @@ from torch import Generator, Tensor
 from kronfac.linalg.lanczos import check_symmetric
 from kronfac.linalg.subspace import norm, random_direction
 from kronfac.linalg.symmetric import CheckedOperator
+from kronfac.linalg.trace import StoppedError
 from kronfac.ops import orthogonalize_
 from kronfac.spectrum._budget import Budget
 from kronfac.spectrum._certificate import certified
@@ -33,6 +34,7 @@ class PowerSearch:
         self.budget = budget
         self.generator = generator
         self.norm = 0.0
+        self.started = 0  # pairs that have something in their place
         rows = torch.empty(2, wanted.k, operator.size, dtype=operator.dtype, device=operator.device)
         self.vectors, self.images = rows[0], rows[1]
 
@@ -40,12 +42,16 @@ class PowerSearch:
         """Find one pair after another until all have converged or the budget is spent."""
         found, finished = 0, True
         while found < self.wanted.k and finished and self.budget.allows(1):
-            finished = self._find(found)
-            found += 1
-        columns, images = self.vectors[:found].mT, self.images[:found].mT
-        if not self.budget.stop.requested:
-            images = self.operator.matmat(columns)
-            self.budget.count(found)
+            try:
+                finished = self._find(found)
+            except StoppedError:
+                self.budget.broken()
+                finished = False
+            found = self.started
+        columns = self.vectors[:found].mT
+        images = self.budget.images(self.operator, columns)
+        if images is None:
+            images = self.images[:found].mT
         ended = self.budget.ended(finished=finished and found == self.wanted.k)
         return certified(columns, images, self.wanted, self.tol * self.norm, self.budget.spent, ended)
 
@@ -93,6 +99,7 @@ class PowerSearch:
         value = float(values[best])
         self.norm = max(self.norm, abs(value))
         turn = torch.from_numpy(coordinates[:, best].copy()).to(basis)
+        self.started = index + 1
         self.vectors[index], self.images[index] = turn @ basis, turn @ products
         # Half the tolerance: a little is lost where the pairs are put together.
         return norm(turn @ deflated - value * self.vectors[index]) <= 0.5 * self.tol * self.norm

@@ -7,7 +7,9 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from kronfac.linalg.probes import draw_probes, make_generator, standard_error
+from kronfac.linalg.trace import StoppedError
 from kronfac.operators import ParameterOperator
+from kronfac.spectrum._guard import Guarded
 from kronfac.spectrum._interrupt import interruptible
 from kronfac.spectrum._options import LEAST_BEFORE_STOPPING, Progress, check_count, check_positive
 from kronfac.spectrum._progress import shown
@@ -91,7 +93,11 @@ def block_traces(
                 drawn = draw_probes(
                     operator.shape[0], count, "rademacher", generator, dtype=operator.dtype, device=operator.device
                 )
-                product = operator @ drawn
+                try:
+                    product = Guarded(operator, stop) @ drawn
+                except StoppedError:
+                    stop.stops(done - 1)
+                    break
                 for name, index in entries.items():
                     own = product[index.to(product.device)]
                     mine = drawn[index.to(product.device)]

@@ -7,6 +7,7 @@ import torch
 from kronfac.linalg.probes import draw_probes, make_generator
 from kronfac.linalg.symmetric import CheckedOperator, SymmetricOperator, check_operator
 from kronfac.linalg.trace import Sketch, StoppedError, exact_diagonal, xdiag
+from kronfac.spectrum._guard import guarded
 from kronfac.spectrum._interrupt import interruptible
 from kronfac.spectrum._options import Progress, check_choice, check_count, check_sketch
 from kronfac.spectrum._progress import shown
@@ -59,6 +60,7 @@ def diagonal(
     if operator.size > probes and method == "xdiag":
         check_sketch(operator, probes // 2, _CALLER)
     with interruptible() as stop, shown(progress, _CALLER) as report:
+        operator = guarded(operator, stop)
         tally = Tally(stop, report, min(probes, operator.size))
         if operator.size <= probes:
             found = _exact(operator, tally)

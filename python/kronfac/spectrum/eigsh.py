@@ -13,6 +13,7 @@ from kronfac.linalg.probes import make_generator
 from kronfac.linalg.subspace import Subspace
 from kronfac.linalg.symmetric import CheckedOperator, SymmetricOperator, check_operator
 from kronfac.spectrum._budget import Budget
+from kronfac.spectrum._guard import guarded
 from kronfac.spectrum._interrupt import interruptible
 from kronfac.spectrum._lanczos import LanczosSearch
 from kronfac.spectrum._lobpcg import LobpcgSearch
@@ -66,9 +67,10 @@ def eigsh(
         which: "magnitude" (largest |λ|), "largest" or "smallest" (algebraically), or "both": half of them from each
             end, of an odd k one more from the upper.
         method: "lanczos", "block_lanczos", "lobpcg" or "power", which finds the largest magnitudes only.
-        tol: a pair has converged when ‖Av - λv‖ <= tol ‖A‖₂, with ‖A‖₂ the largest |Ritz value| seen. Then an exact
-            eigenvalue lies within tol ‖A‖₂ of λ; the usual error is of the order of the residual squared over the gap.
-            Below about 1e-6 it asks for more than float32 products can give.
+        tol: a pair has converged when ‖Av - λv‖ <= tol ‖A‖₂, with ‖A‖₂ the largest |Ritz value| seen (of "lobpcg" the
+            longest image of a unit vector). Then an exact eigenvalue lies within tol ‖A‖₂ of λ; the usual error is of
+            the order of the residual squared over the gap. Below about 1e-6 it asks for more than float32 products can
+            give.
         max_products: the most products to spend, at least 2k, and a little more where blocks ask for it (default
             max(1000, 20k)); the last k measure residuals.
         basis_size: vectors that the Lanczos methods store before a restart, at least min(n, k + 3), of blocks
@@ -110,7 +112,7 @@ def eigsh(
     limit = max(1000, 20 * k) if max_products is None else max_products
     limit = check_count(limit, "max_products", _CALLER, least=least)
     with interruptible() as stop, shown(progress, _CALLER) as report:
-        budget = Budget(limit, k, stop, report)
+        budget, operator = Budget(limit, k, stop, report), guarded(operator, stop)
         if method == "power":
             return PowerSearch(operator, wanted, tol, budget, generator).run()
         if method == "lobpcg":

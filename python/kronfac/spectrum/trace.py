@@ -10,6 +10,7 @@ import torch
 from kronfac.linalg.probes import DISTRIBUTIONS, draw_probes, make_generator, standard_error
 from kronfac.linalg.symmetric import CheckedOperator, SymmetricOperator, check_operator
 from kronfac.linalg.trace import Estimate, Sketch, StoppedError, exact_diagonal, hutch_pp, spherical, xtrace
+from kronfac.spectrum._guard import guarded
 from kronfac.spectrum._interrupt import interruptible
 from kronfac.spectrum._options import (
     BASIS_BYTES,
@@ -90,6 +91,7 @@ def trace(
             "sketch is fixed beforehand; use method='xtrace'"
         )
     with interruptible() as stop, shown(progress, _CALLER) as report:
+        operator = guarded(operator, stop)
         tally = Tally(stop, report, limit if target is None else None)
         if method == "hutchinson":
             found = _hutchinson(operator, limit, target, distribution, generator, tally)
