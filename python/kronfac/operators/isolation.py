@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from kronfac.operators.convolution import BilinearConvolutions
+
 
 class RandomStreams:
     """The positions of all random streams a data loader or model may draw from.
@@ -130,6 +132,7 @@ def differentiable_twice(model: nn.Module) -> Iterator[None]:
             stack.enter_context(torch.autocast(kind, enabled=False))
         # The fused attention kernels have no double backward.
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(BilinearConvolutions())
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))  # cuDNN's recurrent kernels have none either
         # A TransformerEncoder asks its first layer alone whether gradients are wanted, and hands the others nested
