@@ -25,7 +25,8 @@ def sweep(problem: Problem, k: int, tolerance: float, limit: float, clock: Clock
         say: prints.
 
     Returns:
-        By peer: the fastest certified run as {"method", "setting", "seconds"}, or None.
+        By peer: the fastest certified run as {"method", "setting", "seconds"}; where there is none {"given_up": the
+        longest time that a run was given}.
     """
     exact = problem.exact_eigenvalues(k)
     best: dict[str, Any] = {}
@@ -33,17 +34,18 @@ def sweep(problem: Problem, k: int, tolerance: float, limit: float, clock: Clock
         if not peer.present():
             say(f"{peer.name}: not measured: not installed")
             continue
-        best[peer.name] = None
+        best[peer.name] = {"given_up": 0.0}
         for name, method in peer.methods.items():
             for family in method.families(k):
                 for setting in family:
-                    fastest = best[peer.name]
-                    allowed = limit if fastest is None else fastest["seconds"]
+                    allowed = best[peer.name].get("seconds", limit)
                     seconds, products, found = _timed(problem, peer, name, k, setting, allowed, clock)
                     if isinstance(found, str):
                         say(f"{peer.name} {name} {_text(setting)}: {found}")
+                        if "given_up" in best[peer.name]:
+                            best[peer.name]["given_up"] = max(best[peer.name]["given_up"], seconds)
                         break
-                    certificate = certify(problem, exact, found.values, found.vectors)
+                    certificate = certify(problem, exact, found.values, found.vectors, tolerance)
                     say(f"{peer.name} {name} {_text(setting)}: {_line(seconds, products, certificate, tolerance)}")
                     if certificate.holds(tolerance):
                         if seconds < allowed:
@@ -70,13 +72,18 @@ def race(
         By side: seconds, products, certificate, ratio to kronfac.
     """
     exact = problem.exact_eigenvalues(k)
+    result: dict[str, Any] = {}
     calls: dict[str, Callable[[Meter], Pairs]] = {
         "kronfac": lambda meter: kronfac_pairs(problem, k, {"tol": tolerance}, meter)
     }
     for peer in PEERS:
         chosen = settings.get(peer.name)
         if not peer.present() or chosen is None:
-            say(f"{peer.name}: not measured: {'no certified setting' if peer.present() else 'not installed'}")
+            say(f"{peer.name}: not measured: {'not in the settings' if peer.present() else 'not installed'}")
+            continue
+        if "given_up" in chosen:
+            say(f"{peer.name}: no certified setting; runs were given up after {chosen['given_up']:.0f} s")
+            result[peer.name] = {"certified": False, "given_up": chosen["given_up"]}
             continue
         solve = peer.methods[chosen["method"]].solve
 
@@ -95,7 +102,6 @@ def race(
     timings = by_turns(
         {name: lambda side=side: side(Meter()) for name, side in calls.items()}, rounds=rounds, clock=clock
     )
-    result: dict[str, Any] = {}
     for name, timing in timings.items():
         against = ratio(timing, timings["kronfac"])
         setting = {"tol": tolerance} if name == "kronfac" else settings[name]["setting"]
@@ -130,10 +136,8 @@ def _timed(
 
 def _line(seconds: float, products: int, certificate: Certificate, tolerance: float) -> str:
     mark = "certified" if certificate.holds(tolerance) else "NOT certified"
-    return (
-        f"{seconds:7.2f} s  {products:5d} products  residual {certificate.residual:.1e}  "
-        f"error {certificate.error:.1e}  {mark}"
-    )
+    residual = "too large" if certificate.residual is None else f"{certificate.residual:.1e}"
+    return f"{seconds:7.2f} s  {products:5d} products  residual {residual}  error {certificate.error:.1e}  {mark}"
 
 
 def _text(setting: Setting) -> str:

@@ -87,6 +87,12 @@ class Problem:
         """A copy for a side that leaves its gradients in the model."""
         return copy.deepcopy(self.model)
 
+    def in_precision(self, precision: str) -> Problem:
+        """The same in "float32", or with a copy of model and inputs in "float64"."""
+        if precision == "float32":
+            return self
+        return Problem(self.name, copy.deepcopy(self.model).double(), self.inputs.double(), self.targets)
+
     @cached_property
     def reference(self) -> Callable[[Tensor], Tensor]:
         """The Hessian's product with a vector (n,) in float64, by differentiating the gradient's inner product."""
@@ -139,19 +145,21 @@ class Certificate:
     """What the pairs of one run are worth, relative to |λ₁|.
 
     Attributes:
-        residual: largest ‖Hv - λv‖.
+        residual: largest ‖Hv - λv‖; None where it was not measured, because the error is too large already.
         error: largest difference to the exact eigenvalue of the same rank.
     """
 
-    residual: float
+    residual: float | None
     error: float
 
     def holds(self, tolerance: float) -> bool:
         """Whether every pair meets the tolerance and none is missing or there twice."""
-        return max(self.residual, self.error) <= tolerance
+        return self.residual is not None and max(self.residual, self.error) <= tolerance
 
 
-def certify(problem: Problem, exact: Float64Array, values: Tensor, vectors: Tensor) -> Certificate:
+def certify(
+    problem: Problem, exact: Float64Array, values: Tensor, vectors: Tensor, limit: float = float("inf")
+) -> Certificate:
     """Measure eigenpairs with the independent product.
 
     Args:
@@ -159,13 +167,17 @@ def certify(problem: Problem, exact: Float64Array, values: Tensor, vectors: Tens
         exact: eigenvalues by magnitude.
         values: (k,), in any order.
         vectors: columns (n, k), of any length.
+        limit: error beyond which the residuals need not be measured.
     """
     scale = float(np.abs(exact).max())
+    ranked = values[values.abs().argsort(descending=True)].double().numpy()
+    error = float(np.abs(ranked - exact[: len(ranked)]).max()) / scale
+    if not error <= limit:
+        return Certificate(None, error)
     columns = vectors.double() / vectors.double().norm(dim=0)
     values = values.double()
     residuals = [
         float((problem.reference(column) - value * column).norm()) if column.isfinite().all() else float("inf")
         for value, column in zip(values, columns.mT.contiguous(), strict=True)
     ]
-    ranked = values[values.abs().argsort(descending=True)].numpy()
-    return Certificate(max(residuals) / scale, float(np.abs(ranked - exact[: len(ranked)]).max()) / scale)
+    return Certificate(max(residuals) / scale, error)

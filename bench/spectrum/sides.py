@@ -71,8 +71,9 @@ def kronfac_pairs(problem: Problem, k: int, setting: Setting, meter: Meter) -> P
 
 def pyhessian_pairs(problem: Problem, k: int, setting: Setting, meter: Meter) -> Pairs:
     """PyHessian's power iteration with deflation; its stream is torch's global one."""
-    with _pyhessian(problem, meter) as analysis:
-        values, vectors = analysis.eigenvalues(top_n=k, **setting)
+    options = dict(setting)
+    with _pyhessian(problem.in_precision(options.pop("precision")), meter) as analysis:
+        values, vectors = analysis.eigenvalues(top_n=k, **options)
     columns = [torch.cat([part.detach().reshape(-1) for part in vector]) for vector in vectors]
     return Pairs(torch.tensor(values, dtype=torch.float64), torch.stack(columns, dim=1))
 
@@ -88,7 +89,7 @@ def eigenthings_lanczos(problem: Problem, k: int, setting: Setting, meter: Meter
     """hessian-eigenthings' Lanczos."""
     module = importlib.import_module("hessian_eigenthings")
     options = dict(setting)
-    operator = _eigenthings_operator(problem, options.pop("method"), meter)
+    operator = _eigenthings_operator(problem.in_precision(options.pop("precision")), options.pop("method"), meter)
     result = module.lanczos(operator, k=k, seed=SEED, **options)
     return Pairs(result.eigenvalues, result.eigenvectors.T)
 
@@ -97,7 +98,7 @@ def eigenthings_power(problem: Problem, k: int, setting: Setting, meter: Meter) 
     """hessian-eigenthings' power iteration with deflation."""
     module = importlib.import_module("hessian_eigenthings")
     options = dict(setting)
-    operator = _eigenthings_operator(problem, options.pop("method"), meter)
+    operator = _eigenthings_operator(problem.in_precision(options.pop("precision")), options.pop("method"), meter)
     result = module.deflated_power_iteration(operator, k=k, seed=SEED, **options)
     return Pairs(result.eigenvalues, result.eigenvectors.T)
 
@@ -119,7 +120,7 @@ def _eigenthings_operator(problem: Problem, method: str, meter: Meter) -> Any:
 def _pyhessian(problem: Problem, meter: Meter) -> Iterator[Any]:
     """PyHessian on a copy of the model, its products counted, torch.eig replaced, torch's stream as it was."""
     module = importlib.import_module("pyhessian.hessian")
-    product, eig = module.hessian_vector_product, torch.eig
+    product, eig, dtype = module.hessian_vector_product, torch.eig, torch.get_default_dtype()
 
     def counted(*arguments: Any) -> Any:
         meter.count()
@@ -130,12 +131,14 @@ def _pyhessian(problem: Problem, meter: Meter) -> Iterator[Any]:
         return torch.stack([values, torch.zeros_like(values)], dim=1), vectors
 
     module.hessian_vector_product, torch.eig = counted, symmetric_eig  # type: ignore[assignment]
+    torch.set_default_dtype(problem.inputs.dtype)  # of the vectors that it draws
     try:
         with torch.random.fork_rng():
             torch.manual_seed(SEED)
             data = (problem.inputs, problem.targets)
             yield module.hessian(problem.fresh_model(), F.cross_entropy, data=data, cuda=False)
     finally:
+        torch.set_default_dtype(dtype)
         module.hessian_vector_product, torch.eig = product, eig
 
 
@@ -172,7 +175,8 @@ class Peer:
         return importlib.util.find_spec(self.module) is not None
 
 
-_TOLERANCES = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5, 1e-6, 1e-7)
+_TOLERANCES = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9, 1e-10)
+_ITERATIONS = 100_000  # more than any run gets to
 
 
 def _lanczos_steps(k: int) -> list[int]:
@@ -183,48 +187,40 @@ def _lanczos_steps(k: int) -> list[int]:
     return steps
 
 
+def _pyhessian_power(k: int) -> list[list[Setting]]:
+    return [
+        [{"precision": precision, "tol": tolerance, "maxIter": _ITERATIONS} for tolerance in _TOLERANCES]
+        for precision in ("float32", "float64")
+    ]
+
+
+def _eigenthings_lanczos(k: int) -> list[list[Setting]]:
+    variants: list[Setting] = [
+        {"precision": "float32", "method": "autograd", "reorthogonalize": True},
+        {"precision": "float64", "method": "autograd", "reorthogonalize": True},
+        {"precision": "float32", "method": "finite_difference", "reorthogonalize": True},
+        {"precision": "float32", "method": "autograd", "reorthogonalize": False},
+    ]
+    return [[variant | {"max_iter": steps} for steps in _lanczos_steps(k)] for variant in variants]
+
+
+def _eigenthings_power(k: int) -> list[list[Setting]]:
+    return [
+        [
+            {"precision": "float32", "method": "autograd", "tol": tolerance, "max_iter": _ITERATIONS, "momentum": 0.0}
+            for tolerance in _TOLERANCES
+        ]
+    ]
+
+
 PEERS = (
-    Peer(
-        "PyHessian",
-        "pyhessian",
-        {
-            "power": Method(
-                pyhessian_pairs,
-                lambda k: [
-                    [{"tol": tolerance, "maxIter": 100_000} for tolerance in _TOLERANCES],
-                    [
-                        {"tol": 0.0, "maxIter": steps}
-                        for steps in (5, 10, 20, 30, 50, 70, 100, 150, 200, 300, 500, 1000)
-                    ],
-                ],
-            )
-        },
-    ),
+    Peer("PyHessian", "pyhessian", {"power": Method(pyhessian_pairs, _pyhessian_power)}),
     Peer(
         "hessian-eigenthings",
         "hessian_eigenthings",
         {
-            "lanczos": Method(
-                eigenthings_lanczos,
-                lambda k: [
-                    [
-                        {"method": product, "max_iter": steps, "reorthogonalize": reorthogonalize}
-                        for steps in _lanczos_steps(k)
-                    ]
-                    for product in ("autograd", "finite_difference")
-                    for reorthogonalize in (True, False)
-                ],
-            ),
-            "power": Method(
-                eigenthings_power,
-                lambda k: [
-                    [
-                        {"method": "autograd", "tol": tolerance, "max_iter": 100_000, "momentum": momentum}
-                        for tolerance in _TOLERANCES
-                    ]
-                    for momentum in (0.0, 0.5)
-                ],
-            ),
+            "lanczos": Method(eigenthings_lanczos, _eigenthings_lanczos),
+            "power": Method(eigenthings_power, _eigenthings_power),
         },
     ),
 )
