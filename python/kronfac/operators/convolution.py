@@ -75,7 +75,7 @@ class _Convolution(torch.autograd.Function):
         return _convolve(x, weight, bias, geometry)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         to_x, to_weight, to_bias, _ = ctx.needs_input_grad
         return (
@@ -94,7 +94,7 @@ class _InputGradient(torch.autograd.Function):
         return _input_gradient(g, weight, x, geometry)
 
     @staticmethod
-    def backward(ctx: Any, u: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, u: Tensor) -> tuple[Tensor | None, ...]:
         g, weight = ctx.saved_tensors
         to_g, to_weight, _, _ = ctx.needs_input_grad
         return (
@@ -113,7 +113,7 @@ class _WeightGradient(torch.autograd.Function):
         return _weight_gradient(g, x, weight, geometry)
 
     @staticmethod
-    def backward(ctx: Any, u: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, u: Tensor) -> tuple[Tensor | None, ...]:
         g, x = ctx.saved_tensors
         to_g, to_x, _, _ = ctx.needs_input_grad
         return (
