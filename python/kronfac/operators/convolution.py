@@ -37,7 +37,8 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: _Geometr
     if _differentiated(x, weight, bias):
         y: Tensor = _Convolution.apply(x, weight, bias, geometry)  # type: ignore[no-untyped-call]
         return y
-    return torch.ops.aten.convolution.default(x, weight, bias, *geometry.arguments())
+    plain: Tensor = torch.ops.aten.convolution.default(x, weight, bias, *geometry.arguments())
+    return plain
 
 
 def _input_gradient(g: Tensor, weight: Tensor, x: Tensor, geometry: _Geometry) -> Tensor:
