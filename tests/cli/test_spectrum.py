@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kronfac.cli.analysis import SpectrumOptions, analyse
-from kronfac.cli.problems import fixed_batches, load_problem
+from kronfac.cli.problems import fixed_batches, fixed_test_batches, load_problem
 from tests.cli.conftest import Kronfac
 from tests.cli.problems_for_tests import regression_data
 from tests.datasets.files import write_cifar_python, write_mnist
@@ -278,8 +278,18 @@ def test_a_problem_that_cannot_be_looked_at(kronfac: Kronfac, problem: str, mess
 
 def test_the_model_and_its_surroundings_are_left_alone() -> None:
     problem = load_problem(f"{HERE}:classifier", seed=3)
-    options = SpectrumOptions(top=2, layers=True, trace="xtrace", trace_probes=8, density_probes=2, density_steps=4)
-    # Before: a loader that shuffles draws from the global stream, as it should.
-    problem = replace(problem, ordered=fixed_batches(problem))
+    options = SpectrumOptions(
+        top=2,
+        layers=True,
+        landscape=1,
+        landscape_points=3,
+        trace="xtrace",
+        trace_probes=8,
+        density_probes=2,
+        density_steps=4,
+    )
+    # Before: a DataLoader draws from the global stream, as it should.
+    problem = replace(problem, ordered=fixed_batches(problem), test=fixed_test_batches(problem))
+    problem.model[3].eval()  # one layer in another mode than the others
     with unchanged(problem.model):
         analyse(problem, replace(options, double=True))

@@ -260,6 +260,31 @@ def test_interrupt(kronfac: Kronfac, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert files == ["eigenvalues.png", "layers.png", "report.html", "spectrum.json"]
 
 
+def test_a_part_that_fails_does_not_take_the_others_with_it(
+    kronfac: Kronfac, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def failing(*_: Any, **__: Any) -> None:
+        raise ValueError("no\nluck")
+
+    monkeypatch.setattr(analysis, "density", failing)
+    options = ["--top", 1, "--trace-probes", 4, "--landscape", "1d", "--points", 3, "--quiet", "--json"]
+    outcome = kronfac("spectrum", f"{HERE}:regression", *options, "--out", tmp_path)
+    assert outcome.status == 1
+    assert outcome.message == (f"hessian of {HERE}:regression: density: no luck; {tmp_path}/report.html holds the rest")
+    assert outcome.json["notes"] == ["Failed: density: no luck"]
+    assert {stage["name"]: stage["status"] for stage in outcome.json["stages"]} == {
+        "eigenvalues": "done",
+        "trace": "done",
+        "density": "failed",
+        "landscape": "done",
+    }
+    assert "Failed: density: no luck" in (tmp_path / "report.html").read_text()
+    monkeypatch.setattr(analysis, "eigsh", failing)
+    nothing = kronfac("spectrum", f"{HERE}:regression", "--top", 1, "--trace", "none", "--quiet", "--out", tmp_path)
+    assert nothing.status == 1
+    assert nothing.message == f"hessian of {HERE}:regression: no luck"
+
+
 def test_interrupt_before_there_is_anything(kronfac: Kronfac, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(problems_for_tests, "CALLS", (1,))
     outcome = interruptible(kronfac, tmp_path / "out")

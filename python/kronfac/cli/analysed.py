@@ -73,15 +73,18 @@ class Stage:
 
     Attributes:
         name: what was computed.
-        status: "done", "partial" (ended by Ctrl-C, with a result) or "left out" (ended or not begun, without one).
+        status: "done", "partial" (ended by Ctrl-C, with a result), "left out" (ended or not begun, without one) or
+            "failed".
         products: products with single vectors that it took.
         seconds: that it took.
+        error: why it failed.
     """
 
     name: str
     status: str
     products: int
     seconds: float
+    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -156,7 +159,12 @@ class Spectrum:
     @property
     def interrupted(self) -> bool:
         """Whether Ctrl-C ended it before all was computed."""
-        return any(stage.status != "done" for stage in self.stages)
+        return any(stage.status in ("partial", "left out") for stage in self.stages)
+
+    @property
+    def failures(self) -> list[str]:
+        """What failed, and why."""
+        return [f"{stage.name}: {stage.error}" for stage in self.stages if stage.error is not None]
 
     @property
     def relative_residuals(self) -> list[float]:
@@ -174,9 +182,11 @@ class Spectrum:
     @property
     def notes(self) -> list[str]:
         """What a reader has to know before relying on the figures."""
-        notes = []
+        notes = [f"Failed: {failure}" for failure in self.failures]
         if self.interrupted:
-            states = [f"{stage.name} {stage.status}" for stage in self.stages if stage.status != "done"]
+            states = [
+                f"{stage.name} {stage.status}" for stage in self.stages if stage.status in ("partial", "left out")
+            ]
             notes.append(f"Interrupted: {', '.join(states)}. The figures below are of what had been computed.")
         if self.eigen is not None and not self.eigen.converged.all():
             count = int((~self.eigen.converged).sum())

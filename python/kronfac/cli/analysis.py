@@ -55,26 +55,24 @@ def analyse(
         examples: use the first so many training examples; all by default.
         report: progress.
 
+    A part that fails is recorded as such, and the others are computed all the same.
+
     Raises:
         UsageError: the options do not fit the model.
-        RunError: the curvature is not finite, as after a diverged training.
+        RunError: the curvature is not finite, as after a diverged training, or all parts have failed.
         KeyboardInterrupt: Ctrl-C before there was anything to return.
     """
     batches = fixed_batches(problem, examples)
+    # Read now: bad test data should not come to light when all else has been computed.
+    test = fixed_test_batches(problem, options.landscape_test) if options.landscape else None
     stages = _Stages(report)
     start = time.perf_counter()
-    was_training = problem.model.training
-    problem.model.eval()  # dropout and batch statistics would make another function of every product
     try:
-        found = _compute(problem, options, batches, stages)
+        found = _compute(problem, options, batches, test, stages)
     except (UsageError, RunError):
         raise
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise RunError(f"{options.operator} of {problem.name}: {one_line(error)}") from error
-    except Exception as error:  # of the user's model or loss
-        raise RunError(blame(f"{options.operator} of {problem.name}", error)) from error
-    finally:
-        problem.model.train(was_training)
+    except Exception as error:
+        raise RunError(f"{options.operator} of {problem.name}: {_reason(error)}") from error
     return Spectrum(
         options=options,
         examples=sum(count_examples(targets) for _, targets in batches),
@@ -85,7 +83,11 @@ def analyse(
 
 
 def _compute(
-    problem: Problem, options: SpectrumOptions, batches: list[tuple[Any, Any]], stages: _Stages
+    problem: Problem,
+    options: SpectrumOptions,
+    batches: list[tuple[Any, Any]],
+    test: list[tuple[Any, Any]] | None,
+    stages: _Stages,
 ) -> dict[str, Any]:
     """The fields of the Spectrum that are results."""
     with interruptible() as stop:
@@ -146,10 +148,13 @@ def _compute(
         surface = None
         if options.landscape:
             surface = stages.run(
-                "landscape", lambda progress: _landscape(problem, op, batches, eigen, options, progress)
+                "landscape", lambda progress: _landscape(problem, op, batches, test, eigen, options, progress)
             )
         if not any((eigen, found_trace, layers, found_density, surface)):
-            raise KeyboardInterrupt
+            failed = next((stage.error for stage in stages.finished if stage.error is not None), None)
+            if failed is None:
+                raise KeyboardInterrupt
+            raise RunError(f"{options.operator} of {problem.name}: {failed}")
     return {
         "parameters": size,
         "eigen": eigen,
@@ -188,15 +193,18 @@ class _Stages:
     ) -> Result | None:
         """The result of the work, or None where Ctrl-C came before or left nothing of it."""
         start = time.perf_counter()
-        found = None
+        found = error = None
         if not self.stop():
             try:
                 found = work(lambda done, total: self.report(name, done, total))
             except KeyboardInterrupt:
                 self._ended = True
+            except Exception as caught:  # what other stages have found is not lost
+                error = _reason(caught)
         status = "left out" if found is None else "partial" if partial(found) else "done"
         spent = 0 if found is None else products(found)
-        self.finished.append(Stage(name, status, spent, time.perf_counter() - start))
+        seconds = time.perf_counter() - start
+        self.finished.append(Stage(name, "failed" if error else status, spent, seconds, error))
         return found
 
 
@@ -209,6 +217,11 @@ def _products(found: Any) -> int:
 def _interrupted(found: Any) -> bool:
     first = next(iter(found.values())) if isinstance(found, dict) else found
     return bool(getattr(first, "interrupted", False))
+
+
+def _reason(error: Exception) -> str:
+    """Of kronfac's errors the message; of others, which come from the user's model or loss, where as well."""
+    return one_line(error) if isinstance(error, ValueError | TypeError | RuntimeError) else blame("failed", error)
 
 
 def _operator(
@@ -240,9 +253,11 @@ def _groups(op: CurvatureOperator, problem: Problem) -> dict[str, tuple[str | No
     if problem.groups is not None:
         return {name: (None, list(block.names)) for name, block in op.blocks(problem.groups).items()}
     found: dict[str, tuple[str | None, list[str]]] = {}
-    for name, block in op.blocks().items():
+    blocks = op.blocks()
+    for name, block in blocks.items():
         kind = type(problem.model.get_submodule(name)).__name__
-        found[name or kind] = (kind, list(block.names))
+        root = kind if kind not in blocks else f"({kind})"
+        found[name or root] = (kind, list(block.names))
     return found
 
 
@@ -257,15 +272,15 @@ def _landscape(
     problem: Problem,
     op: CurvatureOperator,
     batches: list[tuple[Any, Any]],
+    test: list[tuple[Any, Any]] | None,
     eigen: EigenResult | None,
     options: SpectrumOptions,
     progress: Progress,
 ) -> LandscapeResult:
     """The loss along the first eigenvectors, on the training and the test data."""
     if eigen is None or len(eigen.values) < options.landscape:
-        raise KeyboardInterrupt  # what it is along had not been found when Ctrl-C came
+        raise ValueError("the eigenvectors that it is along have not been found")
     data = {"training": batches}
-    test = fixed_test_batches(problem, options.landscape_test)
     if test is not None:
         data["test"] = test
     values = eigen.values[: options.landscape].tolist()

@@ -245,10 +245,15 @@ def _custom(name: str, device: torch.device) -> Problem:
         result = function()
     except Exception as error:
         raise UsageError(blame(f"{name} failed", error)) from None
-    return _checked(name, result, device)
+    return checked(name, result, device)
 
 
-def _checked(name: str, result: Any, device: torch.device) -> Problem:
+def checked(name: str, result: Any, device: torch.device) -> Problem:
+    """The problem that a user's function has returned.
+
+    Raises:
+        UsageError: it is none.
+    """
     expected = "expected (model, loss_fn, loaders)"
     if isinstance(result, UserProblem):
         given = result

@@ -170,6 +170,8 @@ def spectrum(
     )
     _write(out, result)
     typer.echo(to_json(result) if as_json else _summary(result))
+    if found.failures:
+        raise RunError(f"{operator.value} of {subject.name}: {found.failures[0]}; {out / _PAGE} holds the rest")
     if found.interrupted:
         raise RunError(f"interrupted; {out / _PAGE} holds what had been computed")
 
