@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kronfac.linalg.lanczos import norm
-from kronfac.operators.base import CurvatureOperator
+from kronfac.operators import ParameterOperator
 from kronfac.operators.data import BatchSize
 from kronfac.operators.ggn import ggn
 from kronfac.operators.hessian import hessian
@@ -179,7 +179,7 @@ def _verify(record: ResumeFile, key: str, value: float, source: Source) -> None:
 
 def _row(
     loss: MeanLoss,
-    curvature: CurvatureOperator,
+    curvature: ParameterOperator,
     k: int,
     which: str,
     tol: float,
