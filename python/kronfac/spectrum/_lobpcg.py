@@ -59,16 +59,16 @@ class LobpcgSearch:
         self.budget = budget
         self.preconditioner = preconditioner
         self.norm = 0.0
-        empty = torch.empty(0, operator.size, dtype=operator.dtype, device=operator.device)
-        self.X, self.AX, self.P, self.AP = empty, empty, empty, empty
+        self.X = torch.empty(block, operator.size, dtype=operator.dtype, device=operator.device)
+        for index in range(block):
+            self.X[index] = random_direction(operator, generator, self.X[:index])
+        self.AX, self.P, self.AP = torch.empty_like(self.X), self.X[:0], self.X[:0]
         self.values: Float64Array = np.empty(0)
         self.steps = 0  # since the images were last multiplied
-        for _ in range(block):
-            self.X = torch.cat([self.X, random_direction(operator, generator, self.X)[None]])
 
     def run(self) -> EigenResult:
         """Improve the block until the wanted pairs have converged or the budget is spent."""
-        self.budget.allows(len(self.X))  # unless nothing has been done and nothing should be
+        self.budget.allows(len(self.X))  # raises where the user asked to stop before there is anything
         try:
             self.AX = self._multiply(self.X)
         except StoppedError:
