@@ -11,6 +11,8 @@ from bench.spectrum.sides import PEERS, GivenUpError, Meter, Pairs, Peer, Settin
 from kronfac.cli.bench.measure import Clock, by_turns, ratio
 
 Say = Callable[[str], None]
+ONE_COPY = "kronfac, one copy"
+"""Without the search for further copies of repeated eigenvalues, which no peer has."""
 
 
 def sweep(problem: Problem, k: int, tolerance: float, limit: float, clock: Clock, say: Say) -> dict[str, Any]:
@@ -57,7 +59,7 @@ def sweep(problem: Problem, k: int, tolerance: float, limit: float, clock: Clock
 def race(
     problem: Problem, k: int, tolerance: float, settings: dict[str, Any], rounds: int, clock: Clock, say: Say
 ) -> dict[str, Any]:
-    """Time kronfac and each peer's best setting by turns, and certify what they return.
+    """Time kronfac with and without its search for copies, and each peer's best setting, by turns, and certify each.
 
     Args:
         problem: the Hessian.
@@ -73,9 +75,10 @@ def race(
     """
     exact = problem.exact_eigenvalues(k)
     result: dict[str, Any] = {}
-    calls: dict[str, Callable[[Meter], Pairs]] = {
-        "kronfac": lambda meter: kronfac_pairs(problem, k, {"tol": tolerance}, meter)
-    }
+    own: dict[str, Setting] = {"kronfac": {"tol": tolerance}, ONE_COPY: {"tol": tolerance, "multiplicity": False}}
+    calls: dict[str, Callable[[Meter], Pairs]] = {}
+    for name, options in own.items():
+        calls[name] = lambda meter, options=options: kronfac_pairs(problem, k, options, meter)  # type: ignore[misc]
     for peer in PEERS:
         chosen = settings.get(peer.name)
         if not peer.present() or chosen is None:
@@ -104,7 +107,7 @@ def race(
     )
     for name, timing in timings.items():
         against = ratio(timing, timings["kronfac"])
-        setting = {"tol": tolerance} if name == "kronfac" else settings[name]["setting"]
+        setting = own[name] if name in own else settings[name]["setting"]
         result[name] = {
             "seconds": timing.median,
             "samples": timing.samples,
