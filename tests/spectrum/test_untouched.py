@@ -55,6 +55,11 @@ class Subject:
         return operators.ggn(self.model, functional.cross_entropy, self.loader)
 
     @property
+    def kfac(self) -> operators.KroneckerOperator:
+        """K-FAC of it."""
+        return operators.kfac(self.model, "categorical", self.loader)
+
+    @property
     def checked(self) -> linalg.CheckedOperator:
         """As the methods of linalg take it."""
         return linalg.check_operator(self.op, "test")
@@ -154,6 +159,11 @@ def refused_product(operator: Any, subject: Subject) -> None:
     fails(lambda: operator @ subject.vector()[:3], ValueError)
 
 
+def matrix_free(subject: Subject) -> linalg.MatrixFree:
+    operator = subject.op
+    return linalg.MatrixFree(operator.shape, lambda v: operator @ v, lambda v: operator @ v, dtype=torch.float64)
+
+
 def axes() -> Any:
     pytest.importorskip("matplotlib")
     from matplotlib.figure import Figure
@@ -206,10 +216,14 @@ def through(subject: Subject, **options: Any) -> spectrum.TrainingSpectrumResult
 
 
 Use = Callable[[Subject], object]
-S, L = "spectrum.", "linalg."
+S, L, K = "spectrum.", "linalg.", "operators.KroneckerOperator."
 
 # The operators of each class, and a use of each of their members.
-OPERATORS: dict[str, Callable[[Subject], Any]] = {"CurvatureOperator": lambda s: s.op}
+OPERATORS: dict[str, Callable[[Subject], Any]] = {
+    "CurvatureOperator": lambda s: s.op,
+    "ParameterOperator": lambda s: 2 * s.op - s.kfac.shift(0.1) @ s.ggn,
+    "KroneckerOperator": lambda s: s.kfac,
+}
 MEMBERS: dict[str, Callable[[Any, Subject], object]] = {
     "__matmul__": lambda op, s: [op @ s.vector(), op @ columns(op, 5), op @ s.parts(), refused_product(op, s)],
     "shape": lambda op, s: op.shape,
@@ -223,6 +237,18 @@ MEMBERS: dict[str, Callable[[Any, Subject], object]] = {
     "to_scipy": lambda op, s: op.to_scipy() @ np.ones(op.shape[0]),
     "release": lambda op, s: (op @ s.vector(), op.release()),
     "__repr__": lambda op, s: repr(op),
+    "label": lambda op, s: op.label,
+    "caller": lambda op, s: op.caller,
+    "symmetric": lambda op, s: op.symmetric,
+    "mT": lambda op, s: op.mT @ s.vector(),
+    "shift": lambda op, s: op.shift(0.5) @ s.vector(),
+    "__add__": lambda op, s: (op + s.op) @ s.vector(),
+    "__radd__": lambda op, s: sum([op, s.op]) @ s.vector(),
+    "__sub__": lambda op, s: (op - s.op) @ s.vector(),
+    "__neg__": lambda op, s: -op @ s.vector(),
+    "__mul__": lambda op, s: (op * 0.5) @ s.vector(),
+    "__rmul__": lambda op, s: (0.5 * op) @ s.vector(),
+    "__truediv__": lambda op, s: (op / 3.0) @ s.vector(),
 }
 
 USES: dict[str, dict[str, Use]] = {
@@ -242,6 +268,21 @@ USES: dict[str, dict[str, Use]] = {
         kind: lambda s, kind=kind: operators.fisher(s.model, "categorical", s.loader, kind=kind).to_dense()  # type: ignore[misc]
         for kind in ("mc", "exact", "empirical")
     },
+    "operators.kfac": {
+        kind: lambda s, kind=kind: operators.kfac(s.model, "categorical", s.loader, kind=kind) @ s.vector()  # type: ignore[misc]
+        for kind in ("mc", "exact", "empirical")
+    },
+    "operators.ekfac": {
+        kind: lambda s, kind=kind: operators.ekfac(s.model, "categorical", s.loader, kind=kind) @ s.vector()  # type: ignore[misc]
+        for kind in ("mc", "exact", "empirical")
+    },
+    "operators.identity": {"": lambda s: operators.identity(s.op) @ s.vector()},
+    K + "inverse": {"": lambda s: s.kfac.inverse(0.1) @ s.vector()},
+    K + "inverse_sqrt": {"": lambda s: s.kfac.inverse_sqrt(0.1) @ s.vector()},
+    K + "factors": {"": lambda s: s.kfac.factors()},
+    K + "trace": {"": lambda s: s.kfac.trace()},
+    K + "logdet": {"": lambda s: s.kfac.logdet(0.1)},
+    K + "diagonal": {"": lambda s: s.kfac.diagonal()},
     S + "eigsh": {
         **{
             method: lambda s, m=method: spectrum.eigsh(s.op, 2, method=m, tol=1e-3)  # type: ignore[misc]
@@ -336,6 +377,10 @@ USES: dict[str, dict[str, Use]] = {
         "preconditioner": lambda s: linalg.cg(s.ggn, s.vector(), shift=0.1, preconditioner=lambda v: v),
         "indefinite": lambda s: linalg.cg(s.op, s.vector(), max_iterations=20),
     },
+    L + "lsmr": {"": lambda s: linalg.lsmr(s.op, s.vector(), damping=0.1, max_iterations=10)},
+    L + "LeastSquaresResult.converged": {"": lambda s: linalg.lsmr(s.op, s.vector(), max_iterations=5).converged},
+    L + "MatrixFree.__matmul__": {"": lambda s: matrix_free(s) @ s.vector()},
+    L + "MatrixFree.mT": {"": lambda s: matrix_free(s).mT @ s.vector()},
     L + "cg_shifts": {"": lambda s: linalg.cg_shifts(s.ggn, s.vector(), [0.1, 1.0])},
     L + "minres": {
         "": lambda s: linalg.minres(s.op, s.vector(), max_iterations=20),
