@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kronfac.operators import hessian
+from kronfac.operators import ggn, hessian, kfac
 from kronfac.spectrum import eigsh
 from tests.linalg.matrices import Counted, with_spectrum
 from tests.operators.cases import dense_hessian, make_case
@@ -115,6 +115,15 @@ def test_a_preconditioner_speeds_lobpcg_up() -> None:
         assert result.products < 200
         # Residuals of 1e-8 bound the error, which is of the order of their square over the gap.
         np.testing.assert_allclose(result.values.numpy(), exact, rtol=1e-8)
+
+
+def test_a_kfac_inverse_as_preconditioner() -> None:
+    case = make_case("regression", torch.float64)
+    data = (case.inputs, case.targets)
+    damped = ggn(case.model, case.loss_fn, data).shift(0.1)
+    inverse = kfac(case.model, "gaussian", data, kind="exact").inverse(0.1)
+    result = eigsh(damped, 3, "smallest", method="lobpcg", preconditioner=inverse, tol=1e-8)
+    check(result, damped.to_dense(), 3, "smallest", 1e-9)
 
 
 def test_lobpcg_at_the_limit_of_round_off() -> None:
