@@ -346,10 +346,9 @@ def render(report: Mapping[str, Any], figures: Mapping[str, bytes], title: str) 
     """One HTML file that refers to nothing outside itself."""
     style = files("kronfac.cli.report").joinpath("style.css").read_text(encoding="utf-8")
     eigen, seconds = report["eigenvalues"], report["seconds"]
-    total = {"trace": 0.0, "variance": 0.0}
+    total = sum(part["trace"] for part in report["traces"].values())
     rows = []
     for name, part in report["traces"].items():
-        total["trace"] += part["trace"]
         cells = (
             name,
             f"{part['parameters']:,}",
@@ -374,7 +373,7 @@ def render(report: Mapping[str, Any], figures: Mapping[str, bytes], title: str) 
 <title>{escape(title)}</title><style>{style}</style></head><body><main>
 <h1>{escape(title)}</h1>
 <p>Hessian of a contrastive loss ({report["loss"]:.4g}; {report["accuracy"]:.0%} of the pairs found) with respect to the
-{report["parameters"]:,} parameters of the layers. The traces of all parts add up to {total["trace"]:.4g}.</p>
+{report["parameters"]:,} parameters of the layers. The traces of all parts add up to {total:.4g}.</p>
 <h2>Trace by layer</h2>
 {figure("layers", "Trace of the Hessian's block of every part of every layer, with two standard errors")}
 <p>{probes} products, shared by all parts, in {seconds["traces"]:.0f} s. The mean eigenvalue is the trace over the
