@@ -14,6 +14,7 @@ try:
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.ticker import MaxNLocator as MaxNLocator
     from matplotlib.ticker import PercentFormatter as PercentFormatter
 except ModuleNotFoundError:
@@ -94,7 +95,8 @@ def axes_of(
     }
     # Not pyplot: no global figure list, no display, and the caller's own settings stay as they are.
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=size, layout="constrained")
+        # Room between the last number of one axis and the first of the next.
+        figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(wspace=0.05))
         FigureCanvasAgg(figure)
         found = figure.subplots(1, panels, squeeze=False, width_ratios=widths, **options)[0]
         yield figure, found if panels > 1 else found[0]
