@@ -187,7 +187,7 @@ class Spectrum:
             states = [
                 f"{stage.name} {stage.status}" for stage in self.stages if stage.status in ("partial", "left out")
             ]
-            notes.append(f"Interrupted: {', '.join(states)}. The figures below are of what had been computed.")
+            notes.append(f"Interrupted: {', '.join(states)}. Estimates are of what had been computed.")
         if self.eigen is not None and not self.eigen.converged.all():
             count = int((~self.eigen.converged).sum())
             why = {
