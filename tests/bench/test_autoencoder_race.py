@@ -53,6 +53,7 @@ def wait_for(what: Callable[[], bool], process: subprocess.Popen[bytes] | None =
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the worker follows its driver only there")
 def test_killed_driver_leaves_nothing_that_counts_and_the_next_goes_on(tmp_path: Path) -> None:
     write_mnist(tmp_path / "data", compress=False, train=64)

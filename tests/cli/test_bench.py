@@ -424,6 +424,7 @@ def test_unknown_revision_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "speed-up" not in captured.out
 
 
+@pytest.mark.slow
 def test_worker_measures_when_asked() -> None:
     with Worker(Path(sys.executable)) as worker:
         state = worker.ask(prepare="covariance[16x8]", threads=1, sample_seconds=1e-3)

@@ -149,6 +149,7 @@ def small_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(comparison, "KFAC_DAMPINGS", (0.03, 0.1))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_demo")
 def test_demo(kronfac: Kronfac, tmp_path: Path) -> None:
     threads = torch.get_num_threads()
