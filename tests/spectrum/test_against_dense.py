@@ -110,7 +110,8 @@ def test_zeros_of_a_singular_matrix(network: Trained, tol: float, products: int,
     values, residuals = result.values.numpy(), result.residuals.numpy()
     assert (values >= -_ROUND_OFF * norm).all()
     assert (np.abs(values[:, None] - spectrum).min(1) <= residuals + _ROUND_OFF * norm).all()
-    assert float(values.max()) <= (1e-5 if converges else 1e-3) * norm
+    # A residual of tol may belong to an eigenvalue next to the zeros: values are wrong by about it, not by its square.
+    assert float(values.max()) <= (2e-5 if converges else 1e-3) * norm
     assert (residuals[result.converged.numpy()] <= tol * norm).all()
     assert not unmatched(values, residuals + _ROUND_OFF * norm, spectrum)
 
