@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import pickle
 import random
-import warnings
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from kronfac._archives import DamagedError, load_archive
 from kronfac.cli.errors import UsageError, one_line
 from kronfac.cli.output import write_atomically
 
@@ -126,21 +125,12 @@ def _generators(sources: tuple[Any, ...]) -> list[torch.Generator]:
 
 def _load(path: Path) -> Any:
     try:
-        if zipfile.is_zipfile(path):  # torch.load does not look at the checksums that torch.save writes
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-            if damaged is not None:
-                raise UsageError(f"{path}: damaged checkpoint (checksum of {damaged})")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of foreign files before it refuses them
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except UsageError:
-        raise
+        return load_archive(path)
     except FileNotFoundError:
         raise UsageError(f"{path}: no such checkpoint") from None
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror or one_line(error)})") from None
     except pickle.UnpicklingError:
         raise UsageError(f"{path}: not a checkpoint, or one that holds more than tensors and plain values") from None
-    except Exception as error:  # a damaged archive may raise nearly anything
+    except DamagedError as error:
         raise UsageError(f"{path}: damaged checkpoint ({one_line(error)[:120]})") from None

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import pickle
-import warnings
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+
+from kronfac._archives import DamagedError, load_archive
 
 # Where checkpoints keep the state dict, and how far training was: those of `kronfac train`, Lightning and most scripts.
 _STATES = ("model", "state_dict", "model_state_dict")
@@ -156,20 +155,11 @@ def _is_number(value: Any) -> bool:
 def _load(path: Path, caller: str) -> Any:
     where = f"{caller}: checkpoints: {path}"
     try:
-        if zipfile.is_zipfile(path):  # torch.load does not look at the checksums that torch.save writes
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-            if damaged is not None:
-                raise ValueError(f"{where}: damaged (checksum of {damaged})")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of foreign files before it refuses them
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except (ValueError, OSError):
-        raise
+        return load_archive(path)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{where}: no checkpoint, or one that holds more than tensors and plain values, which is not executed "
             "here; load it yourself and pass the state dict"
         ) from error
-    except Exception as error:  # a damaged archive may raise nearly anything
+    except DamagedError as error:
         raise ValueError(f"{where}: damaged ({first_line(error)})") from error
