@@ -61,7 +61,7 @@ test: build $(VENV)/.oracles
 	  echo "== operators under KRONFAC_ISA=$$isa"; KRONFAC_ISA=$$isa $(PYTEST) $(PARALLEL) -m "not slow" tests/ops; done
 
 test-slow: build $(VENV)/.oracles $(VENV)/.frameworks
-	$(PYTEST) -m slow tests
+	$(PYTEST) $(PARALLEL) -m slow tests
 
 $(VENV)/.coverage: $(VENV)/.tools
 	$(PY) -m pip install -q "coverage==7.17.3"
