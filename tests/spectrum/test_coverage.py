@@ -1,7 +1,7 @@
 """How often one standard error covers the true trace, for the Hessians of trained networks.
 
 Expected are 68 % (Student's t with 29 degrees of freedom: 67.5 %). Over 200 seeds the share has a standard deviation of
-3.3 points of its own, as much as half of what is allowed: of dozens of layers one is outside by chance. Over 1,000 it is 1.5.
+3.3 points of its own, half of what is allowed: one of dozens of layers falls outside by chance. Over 1,000 it is 1.5.
 """
 
 from __future__ import annotations

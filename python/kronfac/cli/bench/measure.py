@@ -20,8 +20,8 @@ MIN_ROUNDS = 7  # a median of fewer says little on a machine that does other thi
 MAX_CALLS = 100_000
 
 WARM = 0.15
-"""Seconds of unseen calls before a sample on several threads. OpenBLAS' threads (numpy, scipy) spin for about 0.1 s after a
-call, on the processor that the next side needs; a pause instead would leave that processor asleep, which is as slow."""
+"""Seconds of unseen calls before a sample on several threads: OpenBLAS' threads (numpy, scipy) spin for about 0.1 s
+after a call, on the processor that the next side needs. A pause would leave that processor asleep, which is as slow."""
 
 
 @dataclass(frozen=True)
