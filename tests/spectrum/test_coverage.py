@@ -23,11 +23,7 @@ from tests.spectrum.trained import Trained
 PROBES = {"hutchinson": 30, "hutch++": 90, "xtrace": 60}
 SEEDS = 1000
 
-_NETWORKS = pytest.mark.parametrize(
-    "network",
-    [pytest.param("mlp", marks=pytest.mark.slow), pytest.param("convnet", marks=pytest.mark.slow), "batchnorm convnet"],
-    indirect=True,
-)
+pytestmark = pytest.mark.slow
 
 
 class _Diagonal:
@@ -55,14 +51,6 @@ def _check(operator: Any, truth: float, method: str, distribution: str) -> None:
     assert {len(result.samples) for result in results} == {30}
 
 
-@_NETWORKS
-def test_hutchinson(network: Trained) -> None:
-    dense = network.dense("hessian")
-    # As a bare operator, of which no call checks again that it is symmetric.
-    _check(Counted(dense), float(dense.trace()), "hutchinson", "rademacher")
-
-
-@_NETWORKS
 @pytest.mark.parametrize("method", ["hutch++", "xtrace"])
 def test_with_a_sketch(network: Trained, method: str) -> None:
     # Gaussian probes, and those on the sphere, have no preferred directions: the diagonal matrix of the eigenvalues
@@ -71,11 +59,11 @@ def test_with_a_sketch(network: Trained, method: str) -> None:
     _check(_Diagonal(spectrum), float(spectrum.sum()), method, "gaussian")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["hessian", "ggn"])
 @pytest.mark.parametrize("method", PROBES)
 def test_on_the_matrix_itself(network: Trained, kind: str, method: str) -> None:
     dense = network.dense(kind)
+    # As a bare operator, of which no call checks again that it is symmetric.
     _check(Counted(dense), float(dense.trace()), method, "rademacher")
 
 
@@ -94,8 +82,7 @@ def _with_dense_products(network: Trained, kind: str, monkeypatch: pytest.Monkey
     return operator
 
 
-@_NETWORKS
-@pytest.mark.parametrize("restricted", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("restricted", [False, True])
 def test_block_traces(network: Trained, restricted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     dense, groups = network.dense("hessian"), network.groups()
     operator = _with_dense_products(network, "hessian", monkeypatch)
