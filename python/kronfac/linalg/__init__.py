@@ -22,3 +22,5 @@ from kronfac.linalg.solve import cg_shifts as cg_shifts
 from kronfac.linalg.symmetric import CheckedOperator as CheckedOperator
 from kronfac.linalg.symmetric import SymmetricOperator as SymmetricOperator
 from kronfac.linalg.symmetric import check_operator as check_operator
+from kronfac.linalg.trust_region import TrustRegionResult as TrustRegionResult
+from kronfac.linalg.trust_region import trust_region_cg as trust_region_cg

@@ -249,8 +249,9 @@ class System:
         tolerance: Any,
         max_iterations: Any,
         caller: str,
+        name_of_b: str = "b",
     ) -> System:
-        """Check the arguments that all solvers share."""
+        """Check the arguments that all solvers share; messages call the right side `name_of_b`."""
         operator = check_operator(op, caller)
         for name, value in (("shift", shift), ("tolerance", tolerance)):
             if isinstance(value, bool) or not isinstance(value, int | float):
@@ -264,7 +265,7 @@ class System:
             raise ValueError(f"{caller}: max_iterations: expected at least 1, got {max_iterations}")
         limit = max(2 * operator.size, 100) if max_iterations is None else max_iterations
         system = cls(operator, torch.empty(0), float(shift), 0.0, limit, caller)
-        system.b = system.vector(b, "b")
+        system.b = system.vector(b, name_of_b)
         system.length = norm(system.b)
         return system
 
