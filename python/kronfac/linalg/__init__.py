@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from kronfac.linalg.cubic import CubicResult as CubicResult
+from kronfac.linalg.cubic import cubic_regularised as cubic_regularised
 from kronfac.linalg.damped import Eigenbases as Eigenbases
 from kronfac.linalg.damped import Inverses as Inverses
 from kronfac.linalg.damped import damped_inverses as damped_inverses
