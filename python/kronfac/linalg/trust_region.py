@@ -172,7 +172,9 @@ def trust_region_cg(
             value that is not finite.
     """
     caller = "kronfac.linalg.trust_region_cg"
-    system = System.check(op, gradient, 0.0, 1.0 if tolerance is None else tolerance, max_iterations, caller, "gradient")
+    system = System.check(
+        op, gradient, 0.0, 1.0 if tolerance is None else tolerance, max_iterations, caller, "gradient"
+    )
     radius = _check_radius(radius, caller)
     if isinstance(keep, bool) or not isinstance(keep, int):
         raise TypeError(f"{caller}: keep: expected an integer, got {keep!r}")
