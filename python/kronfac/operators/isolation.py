@@ -123,17 +123,25 @@ def evaluation_mode(*modules: nn.Module, batch_norm: str = "running") -> Iterato
 @contextmanager
 def differentiable_twice(model: nn.Module) -> Iterator[None]:
     """Gradients on, autocast off, and only kernels that can be differentiated twice."""
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    with kernels_differentiable_twice(accelerator_devices(model), recurrent=recurrent):
+        yield
+
+
+@contextmanager
+def kernels_differentiable_twice(devices: tuple[torch.device, ...], *, recurrent: bool = False) -> Iterator[None]:
+    """`differentiable_twice` for what runs on the CPU and the given devices, with recurrent layers or without."""
     fast_attention = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        for kind in {"cpu", *(device.type for device in accelerator_devices(model))}:
+        for kind in {"cpu", *(device.type for device in devices)}:
             # Curvature from half-precision activations would be noise; the model runs in its parameters' type.
             stack.enter_context(torch.autocast(kind, enabled=False))
         # The fused attention kernels have no double backward.
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(BilinearConvolutions())
-        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        if recurrent:
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))  # cuDNN's recurrent kernels have none either
         # A TransformerEncoder asks its first layer alone whether gradients are wanted, and hands the others nested
         # tensors, which have none.

@@ -23,7 +23,7 @@ _HALVES = (torch.bfloat16, torch.float16)
 
 _TYPE_MISMATCHES = ("same dtype", "should be the same", "expected scalar type", "must match the data type", "dtype")
 
-_NOT_TWICE = ("derivative for", "differentiate twice", "not implemented", "does not support")
+_NOT_TWICE = ("derivative for", "differentiate twice", "not implemented", "does not support", "double backward")
 
 
 @dataclass(frozen=True, eq=False)
@@ -299,14 +299,16 @@ def differentiate(
     vectors: Sequence[Tensor],
     *,
     create_graph: bool = False,
+    retain_graph: bool = True,
 ) -> list[Tensor | None]:
-    """Vector-Jacobian product that keeps the graph; None where nothing depends on an input.
+    """Vector-Jacobian product that keeps the graph by default; None where nothing depends on an input.
 
     Args:
         outputs: values; None or values without a graph contribute nothing.
         inputs: what to differentiate with respect to.
         vectors: one per output.
         create_graph: whether the result can be differentiated again.
+        retain_graph: whether the outputs can be.
     """
     live = [
         (output, vector)
@@ -320,7 +322,7 @@ def differentiate(
             [output for output, _ in live],
             list(inputs),
             [vector for _, vector in live],
-            retain_graph=True,
+            retain_graph=retain_graph,
             create_graph=create_graph,
             allow_unused=True,
         )

@@ -1,0 +1,6 @@
+"""Newton-type optimizers: they evaluate a closure on samples of the data and multiply with its curvature."""
+
+from __future__ import annotations
+
+from kronfac.optim.newton.base import NewtonOptimizer as NewtonOptimizer
+from kronfac.optim.newton.base import NewtonStep as NewtonStep
