@@ -95,6 +95,11 @@ class Evaluation:
         """Example-propagations spent so far: n for a gradient or a loss over n examples, 2n for a product."""
         return self._passes + sum(operator.propagations for operator in self._operators)
 
+    @property
+    def moved(self) -> bool:
+        """Whether a step was given to `move`."""
+        return self._step is not None
+
     def sample(self, size: SampleSize) -> Sample:
         """Draw examples without replacement; all of them for None or a size that reaches their number."""
         total = self._examples
