@@ -71,8 +71,15 @@ class ClosureOperator(ParameterOperator):
         if (likelihood is None) == (curvature == "fisher"):
             wanted = 'a likelihood for curvature="fisher"' if likelihood is None else f'None for curvature="{curvature}"'
             raise ValueError(f"{caller}: likelihood: expected {wanted}, got {likelihood!r}")
+        if not (keep_graph is None or isinstance(keep_graph, bool)):
+            raise TypeError(f"{caller}: keep_graph: expected True, False or None, got {keep_graph!r}")
         if not isinstance(closure, ClosureProgram):
             check_counts(examples, chunk_size, caller)
+            if chunk_size is not None and examples is None and indices is None:
+                raise ValueError(
+                    f"{caller}: chunk_size: expected None without examples= or indices=, got {chunk_size}; how many "
+                    "examples there are to cut is not known"
+                )
             check_indices(indices, examples, caller)
             closure = ClosureProgram(
                 closure, parameters, examples=examples, chunk_size=chunk_size, names=names, caller=caller
@@ -113,8 +120,9 @@ class ClosureOperator(ParameterOperator):
                     if self._keep:
                         self._kept[number] = graph
                 everything = range(len(program.parameters))
-                for row, parts in zip(out, vectors, strict=True):
-                    layout.add_(row, graph.product(everything, parts), weight)
+                with program.explained():
+                    for row, parts in zip(out, vectors, strict=True):
+                        layout.add_(row, graph.product(everything, parts), weight)
                 del graph  # before the next one is built: two would take twice the memory
         self.propagations += 2 * program.count(self._indices) * len(rows)
         if not bool(torch.isfinite(out).all()) and bool(torch.isfinite(rows).all()):
@@ -125,8 +133,12 @@ class ClosureOperator(ParameterOperator):
         return out
 
     def _build(self, piece: Tensor | None) -> BatchGraph:
+        value = self._program.evaluate(piece)
+        with self._program.explained():
+            return self._graph(value)
+
+    def _graph(self, value: ClosureValue) -> BatchGraph:
         program = self._program
-        value = program.evaluate(piece)
         one = torch.ones_like(value.loss)
         if self._curvature == "hessian":
             return _HessianGraph(program, program.differentiate([value.loss], [one], create_graph=True))
@@ -184,8 +196,8 @@ class ClosureOperator(ParameterOperator):
             return
         tensors = self._program.parameters
         # Norms besides version counters: writing through `.data` does not count a version.
-        norms = [float(torch.linalg.vector_norm(tensor.detach())) for tensor in tensors if tensor.numel()]
-        state = ([(tensor.data_ptr(), tensor._version, tensor.requires_grad) for tensor in tensors], norms)
+        norms = torch.stack([torch.linalg.vector_norm(t.detach()).to("cpu", torch.float64) for t in tensors])
+        state = ([(t.data_ptr(), t._version, t.requires_grad) for t in tensors], norms.tolist())
         if state != self._state:
             self._kept.clear()
             self._state = state

@@ -85,12 +85,12 @@ class ClosureProgram:
         return (self.examples or 1) if indices is None else len(indices)
 
     def pieces(self, indices: Tensor | None) -> list[Piece]:
-        """Cut a set of examples into chunks."""
+        """Cut a set of examples into chunks of nearly equal size: batch normalisation cannot do with a short last one."""
         limit, total = self.chunk_size, self.count(indices)
         if limit is None or total <= limit:
             return [(indices, 1.0)]
         everything = torch.arange(total) if indices is None else indices
-        return [(piece, len(piece) / total) for piece in everything.split(limit)]
+        return [(piece, len(piece) / total) for piece in everything.tensor_split(-(-total // limit))]
 
     def evaluate(self, piece: Tensor | None, *, differentiable: bool = True) -> ClosureValue:
         """Call the closure, inside `isolated`.
@@ -174,7 +174,9 @@ class ClosureProgram:
             for piece, weight in self.pieces(indices):
                 value = self.evaluate(piece)
                 one = torch.ones_like(value.loss)
-                self.layout.add_(gradient, self.differentiate([value.loss], [one], retain_graph=False), weight)
+                with self.explained():
+                    parts = self.differentiate([value.loss], [one], retain_graph=False)
+                self.layout.add_(gradient, parts, weight)
                 total += weight * float(value.loss.detach())
             if keep:
                 self._after = self.streams.now()
@@ -221,8 +223,25 @@ class ClosureProgram:
             stack.enter_context(self.buffers.kept() if keep else self.buffers.dropped())
             stack.enter_context(kernels_differentiable_twice(self.devices))
             stack.enter_context(unrecorded())
-            stack.enter_context(_explained(self.caller))
             yield
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Say what to do when autograd refuses a derivative of what the closure returned.
+
+        Raises:
+            RuntimeError: with the remedy, instead of autograd's.
+        """
+        try:
+            with explained(self.caller):
+                yield
+        except RuntimeError as error:
+            if "backward through the graph a second time" not in str(error):
+                raise
+            raise RuntimeError(
+                f"{self.caller}: closure: its graph is gone; return the loss without calling backward() on it, and "
+                "build the graph anew in every call"
+            ) from error
 
 
 def layout_of(parameters: Sequence[Tensor], names: Sequence[str] | None, caller: str) -> ParameterLayout:
@@ -238,6 +257,8 @@ def layout_of(parameters: Sequence[Tensor], names: Sequence[str] | None, caller:
             raise TypeError(f"{caller}: parameter {index}: expected a real floating-point tensor, got {got}")
     if not any(parameter.numel() for parameter in parameters):
         raise ValueError(f"{caller}: parameters: expected at least one with entries")
+    if names is not None and (len(names) != len(parameters) or len(set(names)) < len(names)):
+        raise ValueError(f"{caller}: names: expected {len(parameters)} different ones, got {list(names)}")
     wide = any(parameter.dtype == torch.float64 for parameter in parameters)
     return make_layout(
         [str(index) for index in range(len(parameters))] if names is None else list(names),
@@ -283,17 +304,3 @@ def check_indices(indices: Any, examples: int | None, caller: str) -> None:
         raise ValueError(f"{caller}: indices: expected a vector with entries, got shape {tuple(indices.shape)}")
     if int(indices.min()) < 0 or (examples is not None and int(indices.max()) >= examples):
         raise ValueError(f"{caller}: indices: expected 0 to {'...' if examples is None else examples - 1}, got {indices}")
-
-
-@contextmanager
-def _explained(caller: str) -> Iterator[None]:
-    try:
-        with explained(caller):
-            yield
-    except RuntimeError as error:
-        if "backward through the graph a second time" not in str(error):
-            raise
-        raise RuntimeError(
-            f"{caller}: closure: its graph is gone; return the loss without calling backward() on it, and build the "
-            "graph anew in every call"
-        ) from error

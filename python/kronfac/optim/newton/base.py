@@ -73,6 +73,9 @@ COMMON_OPTIONS: Mapping[str, Check] = {
 
 _EXTRA_KEYS = ("params", "param_names", "name")
 
+# Hooks and the like, which torch makes anew for a copy.
+_TORCHS_OWN = ("_optimizer_", "_zero_grad_profile", "_warned", "_patched")
+
 
 @dataclass(frozen=True, kw_only=True)
 class NewtonStep:
@@ -218,7 +221,9 @@ class NewtonOptimizer(Optimizer):
             caller=f"{self.method}.step",
         )
         with run:
-            record, values = self._iterate(run, options, self._values)
+            self._layout = run.layout  # the model may have been moved or converted
+            carried = self._check_values(f"{self.method}.step", self._values)
+            record, values = self._iterate(run, options, carried)
             checked = self._check_values(f"{self.method}.step", values)
         self._values = checked
         self.last_step = record
@@ -268,6 +273,19 @@ class NewtonOptimizer(Optimizer):
         self._generator.set_state(loaded.generator)
         self.last_step = None
         self.history.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which continue where this optimizer is."""
+        kept = {name: value for name, value in vars(self).items() if not name.startswith(_TORCHS_OWN)}
+        return {**kept, "_generator": self._generator.get_state()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy; torch also calls it with what it loaded."""
+        if "_generator" in state:
+            generator = torch.Generator()
+            generator.set_state(state["_generator"])
+            state = {**state, "_generator": generator}
+        super().__setstate__(state)
 
     # ------------------------------------------------------------------ for methods
 

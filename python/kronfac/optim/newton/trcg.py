@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 
@@ -13,7 +13,7 @@ from kronfac.curvature import Likelihood
 from kronfac.linalg.lanczos import norm
 from kronfac.linalg.trust_region import TrustRegionResult, trust_region_cg
 from kronfac.operators.algebra import ParameterOperator
-from kronfac.optim.newton.base import COMMON_OPTIONS, NewtonOptimizer, NewtonStep, positive
+from kronfac.optim.newton.base import COMMON_OPTIONS, Check, NewtonOptimizer, NewtonStep, positive
 from kronfac.optim.newton.evaluation import Evaluation, SampleSize
 from kronfac.optim.newton.radius import CLASSICAL, XU, rule_from
 from kronfac.optim.options import choice, integer, number
@@ -130,7 +130,7 @@ class TRCG(NewtonOptimizer):
         ValueError: an option out of range or unknown, groups that differ, samples without `examples`.
     """
 
-    OPTIONS = {
+    OPTIONS: ClassVar[Mapping[str, Check]] = {
         **COMMON_OPTIONS,
         "max_radius": positive,
         "radius_rule": lambda where, value: choice(where, value, (XU, CLASSICAL)),
@@ -144,7 +144,7 @@ class TRCG(NewtonOptimizer):
         "preconditioner_every": integer,
         "keep_iterates": lambda where, value: integer(where, value, low=0),
     }
-    VALUES = {"radius": positive}
+    VALUES: ClassVar[Mapping[str, Check]] = {"radius": positive}
 
     def __init__(
         self,
