@@ -39,9 +39,7 @@ class Counting:
 
 
 def operator_of(case: Case, indices: Tensor | None = None, **options: Any) -> ClosureOperator:
-    return ClosureOperator(
-        Counting(case), case.model.parameters(), indices, examples=len(case.inputs), **options
-    )
+    return ClosureOperator(Counting(case), case.model.parameters(), indices, examples=len(case.inputs), **options)
 
 
 def eval_case(name: str, dtype: torch.dtype = torch.float64) -> Case:
@@ -110,9 +108,7 @@ def test_chunks_are_weighted_by_their_examples(
     indices = None if chosen is None else torch.tensor(chosen)
     likelihood = "categorical" if curvature == "fisher" else None
     whole = operator_of(case, indices, curvature=curvature, likelihood=likelihood)
-    cut = operator_of(
-        case, indices, curvature=curvature, likelihood=likelihood, chunk_size=chunk_size, keep_graph=keep
-    )
+    cut = operator_of(case, indices, curvature=curvature, likelihood=likelihood, chunk_size=chunk_size, keep_graph=keep)
     V = torch.randn(whole.shape[0], columns, dtype=torch.float64)
     expected = torch.stack([whole @ v for v in V.unbind(1)], dim=1)
     for _ in range(2):  # the second time from kept graphs, where they are

@@ -21,7 +21,7 @@ CURVATURES = ("hessian", "ggn", "fisher")
 
 
 class ClosureOperator(ParameterOperator):
-    """The Hessian, the generalised Gauss-Newton matrix or the Fisher matrix of a closure's mean loss over some examples.
+    """The Hessian, the generalised Gauss-Newton matrix or the Fisher matrix of a closure's loss over some examples.
 
     "hessian" differentiates the loss twice. "ggn" is Jᵀ H J with J the derivative of the outputs with respect to the
     parameters and H the Hessian of the loss with respect to the outputs; "fisher" is (1/M) Σ Jᵀ F J with F the Fisher
@@ -67,9 +67,13 @@ class ClosureOperator(ParameterOperator):
     ) -> None:
         caller = closure.caller if isinstance(closure, ClosureProgram) else "kronfac.operators.ClosureOperator"
         if curvature not in CURVATURES:
-            raise ValueError(f"{caller}: curvature: expected one of {', '.join(map(repr, CURVATURES))}, got {curvature!r}")
+            raise ValueError(
+                f"{caller}: curvature: expected one of {', '.join(map(repr, CURVATURES))}, got {curvature!r}"
+            )
         if (likelihood is None) == (curvature == "fisher"):
-            wanted = 'a likelihood for curvature="fisher"' if likelihood is None else f'None for curvature="{curvature}"'
+            wanted = (
+                'a likelihood for curvature="fisher"' if likelihood is None else f'None for curvature="{curvature}"'
+            )
             raise ValueError(f"{caller}: likelihood: expected {wanted}, got {likelihood!r}")
         if not (keep_graph is None or isinstance(keep_graph, bool)):
             raise TypeError(f"{caller}: keep_graph: expected True, False or None, got {keep_graph!r}")

@@ -85,7 +85,7 @@ class ClosureProgram:
         return (self.examples or 1) if indices is None else len(indices)
 
     def pieces(self, indices: Tensor | None) -> list[Piece]:
-        """Cut a set of examples into chunks of nearly equal size: batch normalisation cannot do with a short last one."""
+        """Cut a set of examples into chunks of nearly equal size, as batch normalisation needs them."""
         limit, total = self.chunk_size, self.count(indices)
         if limit is None or total <= limit:
             return [(indices, 1.0)]
@@ -303,4 +303,6 @@ def check_indices(indices: Any, examples: int | None, caller: str) -> None:
     if indices.dim() != 1 or not len(indices):
         raise ValueError(f"{caller}: indices: expected a vector with entries, got shape {tuple(indices.shape)}")
     if int(indices.min()) < 0 or (examples is not None and int(indices.max()) >= examples):
-        raise ValueError(f"{caller}: indices: expected 0 to {'...' if examples is None else examples - 1}, got {indices}")
+        raise ValueError(
+            f"{caller}: indices: expected 0 to {'...' if examples is None else examples - 1}, got {indices}"
+        )

@@ -185,7 +185,9 @@ def test_groups_that_do_not_fit(groups: list[dict[str, Any]], error: type[Except
 
 def test_a_group_cannot_be_added_later() -> None:
     optimizer = TRCG([point(1.0)])
-    with pytest.raises(RuntimeError, match="^TRCG: add_param_group: expected all parameters when the optimizer is made"):
+    with pytest.raises(
+        RuntimeError, match=r"^TRCG: add_param_group: expected all parameters when the optimizer is made"
+    ):
         optimizer.add_param_group({"params": [point(2.0)]})
     assert len(optimizer.param_groups) == 1
 

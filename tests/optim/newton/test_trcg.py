@@ -27,14 +27,14 @@ def last(optimizer: TRCG) -> TrustRegionStep:
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(
     ("function", "start", "solution"),
-    [(rosenbrock, (-1.2, 1.0), (1.0, 1.0)), (beale, (1.0, 1.0), (3.0, 0.5)), (beale, (-1.0, 2.0), (3.0, 0.5))],
+    [(rosenbrock, (-1.2, 1.0), (1.0, 1.0)), (beale, (1.0, 1.0), (3.0, 0.5)), (beale, (0.0, 0.0), (3.0, 0.5))],
 )
 def test_classical_functions_are_minimised(
     rule: str, function: Callable[[Tensor], Tensor], start: tuple[float, ...], solution: tuple[float, ...]
 ) -> None:
     w = point(*start)
     optimizer = TRCG([w], radius=1.0, radius_rule=rule, tolerance=1e-9)
-    losses = [float(optimizer.step(lambda _: function(w))) for _ in range(80)]
+    losses = [float(optimizer.step(lambda _: function(w))) for _ in range(40)]
     torch.testing.assert_close(w.detach(), torch.tensor(solution, dtype=torch.float64), rtol=0, atol=1e-6)
     assert all(after <= before for before, after in pairwise(losses))
 
@@ -87,7 +87,8 @@ def test_the_radius_follows_the_published_rule(rule: str) -> None:
         for radius in (0.05, 0.4, 1.5, 4.0):
             w = point(0.0, 0.0)
             optimizer = TRCG([w], radius=radius, max_radius=5.0, radius_rule=rule, eta2=0.1)
-            optimizer.step(lambda _, w=w, f=quartic(scale): f(w))
+            function = quartic(scale)
+            optimizer.step(lambda _, w=w, function=function: function(w))
             record = last(optimizer)
             *rejected, final = record.attempts
             assert record.accepted
@@ -316,34 +317,40 @@ def test_the_region_is_that_of_the_preconditioners_norm() -> None:
     assert record.step_norm == pytest.approx(float(step.norm()))
 
 
-def test_kfac_saves_iterations_of_conjugate_gradients(digits: tuple[Tensor, Tensor]) -> None:
-    x, y = digits[0][:300].double(), digits[1][:300]
-    products = []
+def test_kfac_saves_iterations_of_conjugate_gradients() -> None:
+    # Linear regression on badly scaled inputs, where K-FAC's matrix is the Gauss-Newton matrix.
+    x = torch.randn(200, 60, dtype=torch.float64) * torch.logspace(-2, 2, 60, dtype=torch.float64)
+    y = x @ torch.randn(60, 3, dtype=torch.float64)
+    iterations = []
     for preconditioned in (False, True):
-        model = digits_network().double()
+        torch.manual_seed(1)
+        model = nn.Linear(60, 3, dtype=torch.float64)
         made: list[int] = []
 
         def inverse(model: nn.Module = model, made: list[int] = made) -> Any:
-            made.append(optimizer.steps)
-            return kronfac.operators.kfac(model, "categorical", (x, y), kind="exact").inverse(1e-2)
+            made.append(len(made))
+            return kronfac.operators.kfac(model, "gaussian", (x, y), kind="exact").inverse(1e-8)
 
         def closure(_: Tensor | None, model: nn.Module = model) -> tuple[Tensor, Tensor]:
             out = model(x)
-            return functional.cross_entropy(out, y), out
+            return 0.5 * (out - y).square().sum(1).mean(), out
 
         optimizer = TRCG(
             model.parameters(),
             curvature="ggn",
-            radius=10.0,
-            tolerance=1e-3,
+            radius=1e3,
+            max_radius=1e3,
+            tolerance=1e-6,
+            max_iterations=500,
             preconditioner=inverse if preconditioned else None,
-            preconditioner_every=3,
+            preconditioner_every=2,
         )
-        while float(optimizer.step(closure)) > 0.02:
-            assert optimizer.steps < 40
-        assert made == ([step for step in range(optimizer.steps) if step % 3 == 0] if preconditioned else [])
-        products.append(sum(record.iterations for record in optimizer.history))
-    assert products[1] < 0.7 * products[0]
+        for _ in range(3):
+            optimizer.step(closure)
+        assert len(made) == (2 if preconditioned else 0)
+        iterations.append(optimizer.history[0].iterations)
+        assert optimizer.history[0].status == "interior"
+    assert iterations[1] <= 3 < 20 < iterations[0]
 
 
 @pytest.mark.parametrize(

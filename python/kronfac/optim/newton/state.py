@@ -46,9 +46,7 @@ def pack_state(optimizer: NewtonOptimizer, values: Mapping[str, Any], generator:
             "steps": optimizer.steps,
             "propagations": optimizer.propagations,
             "generator": generator.get_state(),
-            "values": {
-                name: value.clone() if isinstance(value, Tensor) else value for name, value in values.items()
-            },
+            "values": {name: value.clone() if isinstance(value, Tensor) else value for name, value in values.items()},
         }
     }
 

@@ -293,7 +293,9 @@ class TRCG(NewtonOptimizer):
 
     def _start(self, loss: float) -> float:
         if not math.isfinite(loss):
-            raise ValueError(f"{self.method}.step: closure: expected a finite loss on the sample of the ratio, got {loss}")
+            raise ValueError(
+                f"{self.method}.step: closure: expected a finite loss on the sample of the ratio, got {loss}"
+            )
         return loss
 
     def _current_preconditioner(self, every: int, run: Evaluation) -> tuple[int, Any] | None:
