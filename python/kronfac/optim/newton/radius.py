@@ -79,7 +79,7 @@ def rule_from(options: Mapping[str, Any], where: str) -> XuRule | ClassicalRule:
         if own:
             name, value = next(iter(own.items()))
             raise ValueError(
-                f"{where}: {name}: expected None with radius_rule={CLASSICAL!r}, which has no such option, got {value!r}"
+                f"{where}: {name}: expected None with radius_rule={CLASSICAL!r}, whose values are fixed, got {value}"
             )
         return ClassicalRule(options["max_radius"], options["eta2"])
     rule = XuRule(options["max_radius"], eta2=options["eta2"], **own)
