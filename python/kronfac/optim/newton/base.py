@@ -1,30 +1,15 @@
 """What all Newton-type optimizers share: arguments, samples, the transaction of a step, checkpoints.
 
-How a method is written:
+How a method is written: a frozen dataclass derived from `NewtonStep` for what it adds to the record, and a class with
 
-    @dataclass(frozen=True, kw_only=True)
-    class PlainNewtonStep(NewtonStep):
-        damping: float                              # what the method adds to the record
+* OPTIONS, every option with its check, `COMMON_OPTIONS` included, and an entry for each in the `options` that its
+  constructor hands on;
+* VALUES, what it carries from step to step (a radius, a damping, a flat vector with the check `vector`), each with its
+  check, and what it starts with in the `values` of the constructor;
+* `_iterate(run, options, values)`, which evaluates by `run`, takes a step by `run.move(s)` and returns the record and
+  the values for the next step. It changes nothing of the optimizer, and raises freely: the step then never happened.
 
-    class PlainNewton(NewtonOptimizer):
-        OPTIONS = {**COMMON_OPTIONS, "shrink": positive}                # every option with its check
-        VALUES = {"damping": positive}                                  # what it carries from step to step
-
-        def __init__(self, params, *, examples=None, ..., shrink=0.5, damping=1.0, seed=0):
-            options = {"curvature": curvature, ..., "shrink": shrink}   # one entry for each of OPTIONS
-            super().__init__(params, options, {"damping": damping}, examples=examples, likelihood=likelihood, seed=seed)
-
-        def _iterate(self, run, options, values):
-            gradient_sample = run.sample(options["gradient_sample"])
-            loss, gradient = run.gradient(gradient_sample)              # once, and before anything else
-            operator = run.operator(run.sample(options["hessian_sample"]), options["curvature"], self.likelihood)
-            result = cg(operator, -gradient, shift=values["damping"])
-            after = run.loss(gradient_sample, result.x)
-            if after < loss:
-                run.move(result.x)                                      # taken when the step ends
-            return PlainNewtonStep(...), {"damping": values["damping"] * options["shrink"]}
-
-`_iterate` changes nothing of the optimizer, and raises freely: the step then never happened.
+docs/newton.md has a whole one, `kronfac.optim.newton.trcg` another.
 """
 
 from __future__ import annotations
@@ -114,7 +99,9 @@ class NewtonStep:
 
 
 class NewtonOptimizer(Optimizer):
-    """Base class of the Newton-type optimizers; the module's docstring shows how a method is written.
+    """Base class of the Newton-type optimizers: samples, transaction and checkpoints.
+
+    A method defines `OPTIONS`, `VALUES` and `_iterate`; the page "Newton-type optimizers" shows a whole one.
 
     Args:
         params: parameters or param groups. The options of a group may not differ from those of another: the
