@@ -308,7 +308,7 @@ class NewtonOptimizer(Optimizer):
 
     def _check_options(self, where: str, options: Mapping[str, Any]) -> dict[str, Any]:
         checked = {name: check(f"{where}: {name}", options[name]) for name, check in self.OPTIONS.items()}
-        for name in ("gradient_sample", "hessian_sample", "ratio_sample", "chunk_size"):
+        for name in (*(option for option in checked if option.endswith("_sample")), "chunk_size"):
             value = checked[name]
             if value is None or value == "gradient":
                 continue
