@@ -15,6 +15,8 @@ from kronfac.linalg.lanczos import lanczos_quadratures as lanczos_quadratures
 from kronfac.linalg.lsmr import LeastSquaresResult as LeastSquaresResult
 from kronfac.linalg.lsmr import lsmr as lsmr
 from kronfac.linalg.minres import minres as minres
+from kronfac.linalg.newton_minres import NewtonMinresResult as NewtonMinresResult
+from kronfac.linalg.newton_minres import newton_minres as newton_minres
 from kronfac.linalg.probes import draw_probes as draw_probes
 from kronfac.linalg.probes import make_generator as make_generator
 from kronfac.linalg.rectangular import MatrixFree as MatrixFree

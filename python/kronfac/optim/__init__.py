@@ -8,6 +8,8 @@ from kronfac.optim.memory import MemoryReport as MemoryReport
 from kronfac.optim.memory import predict_memory as predict_memory
 from kronfac.optim.monitor import Monitor as Monitor
 from kronfac.optim.newton import TRCG as TRCG
+from kronfac.optim.newton import NewtonMINRES as NewtonMINRES
+from kronfac.optim.newton import NewtonMINRESStep as NewtonMINRESStep
 from kronfac.optim.newton import NewtonOptimizer as NewtonOptimizer
 from kronfac.optim.newton import NewtonStep as NewtonStep
 from kronfac.optim.newton import TrustRegionAttempt as TrustRegionAttempt

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from kronfac.optim.newton.base import NewtonOptimizer as NewtonOptimizer
 from kronfac.optim.newton.base import NewtonStep as NewtonStep
+from kronfac.optim.newton.newton_minres import NewtonMINRES as NewtonMINRES
+from kronfac.optim.newton.newton_minres import NewtonMINRESStep as NewtonMINRESStep
 from kronfac.optim.newton.trcg import TRCG as TRCG
 from kronfac.optim.newton.trcg import TrustRegionAttempt as TrustRegionAttempt
 from kronfac.optim.newton.trcg import TrustRegionStep as TrustRegionStep
