@@ -57,7 +57,7 @@ class NewtonMINRES(NewtonOptimizer):
     long as the loss decreases enough. Decrease is measured by the first-order condition
     F(w + α d) <= F(w) + `decrease`·α·gᵀd for both kinds.
 
-        optimizer = kronfac.optim.NewtonMINRES(model.parameters(), examples=len(x), hessian_sample=0.1)
+        optimizer = kronfac.optim.NewtonMINRES(model.parameters(), examples=len(x))
         for _ in range(100):
             optimizer.step(lambda i: F.cross_entropy(model(x if i is None else x[i]), y if i is None else y[i]))
             print(optimizer.last_step.kind, optimizer.last_step.step_size)
