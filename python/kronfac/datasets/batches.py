@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from kronfac._permutation import permutation
 from kronfac.datasets.dataset import Split
 
 
@@ -47,9 +48,7 @@ class Batches:
         inputs, targets = self.split.inputs, self.split.targets
         order: Tensor | None = None
         if self.seed is not None:
-            # Any injective mix of the two numbers will do: the generator scrambles its seed.
-            generator = torch.Generator().manual_seed((self.seed % (1 << 31)) * (1 << 31) + self.epoch)
-            order = torch.randperm(len(self.split), generator=generator)
+            order = permutation(len(self.split), self.seed, self.epoch)
         for start in range(0, len(self.split), self.batch_size):
             part = slice(start, start + self.batch_size)
             index = part if order is None else order[part]
