@@ -23,9 +23,7 @@ sizes = st.tuples(st.integers(1, 60), st.integers(1, 60), st.integers(1, 25)).ma
 @given(sizes=sizes, seed=st.integers(0, 2**40))
 def test_every_example_once_and_weights_sum_to_one(sizes: tuple[int, int, int], seed: int) -> None:
     examples, batch_size, small_batch = sizes
-    schedule = FixedBatch(
-        sgd(), examples=examples, batch_size=batch_size, small_batch=small_batch, epochs=2, seed=seed
-    )
+    schedule = FixedBatch(sgd(), examples=examples, batch_size=batch_size, small_batch=small_batch, epochs=2, seed=seed)
     orders = []
     for _ in range(2):
         seen: list[int] = []
@@ -48,9 +46,7 @@ def test_every_example_once_and_weights_sum_to_one(sizes: tuple[int, int, int], 
     assert examples < 10 or orders[0] != orders[1]
 
 
-@given(
-    examples=st.integers(8, 80), first=st.integers(1, 8), small=st.integers(1, 9), omega=st.floats(0.01, 1.0)
-)
+@given(examples=st.integers(8, 80), first=st.integers(1, 8), small=st.integers(1, 9), omega=st.floats(0.01, 1.0))
 def test_growing_batches_leave_out_no_example(examples: int, first: int, small: int, omega: float) -> None:
     schedule = adaptive(
         sgd(),
@@ -141,11 +137,11 @@ def test_a_loader_yields_the_same_parts(workers: int) -> None:
         for _ in range(2)
     ]
     plain, loaded = schedules
-    loader = DataLoader(
-        data, batch_sampler=loaded.batch_sampler, num_workers=workers, persistent_workers=workers > 0
-    )
+    loader = DataLoader(data, batch_sampler=loaded.batch_sampler, num_workers=workers, persistent_workers=workers > 0)
     while not plain.finished:
-        assert len(loader) == sum(math.ceil(min(plain.batch_size, 50 - at) / 4) for at in range(0, 50, plain.batch_size))
+        assert len(loader) == sum(
+            math.ceil(min(plain.batch_size, 50 - at) / 4) for at in range(0, 50, plain.batch_size)
+        )
         steps = list(plain.steps())
         read = 0
         for step in loaded.steps(loader):

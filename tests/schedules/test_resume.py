@@ -75,7 +75,7 @@ def continued(kind: str, stop: int, schedule_first: bool) -> Run:
 
 
 @pytest.mark.parametrize("kind", ["sgd", "kfac"])
-@settings(max_examples=5)
+@settings(max_examples=4)
 @given(share=st.floats(0.0, 1.0), schedule_first=st.booleans())
 def test_training_continues_bit_for_bit(kind: str, share: float, schedule_first: bool) -> None:
     end, expected = whole(kind)

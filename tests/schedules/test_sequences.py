@@ -40,7 +40,14 @@ def test_baseline() -> None:
 def test_linear_scaling_with_warm_up() -> None:
     optimizer = sgd(0.1)
     schedule = LinearScaling(
-        optimizer, examples=100, batch_size=40, base_batch_size=10, epochs=5, warmup_epochs=2, decay_epochs=(3,), decay=0.5
+        optimizer,
+        examples=100,
+        batch_size=40,
+        base_batch_size=10,
+        epochs=5,
+        warmup_epochs=2,
+        decay_epochs=(3,),
+        decay=0.5,
     )
     # 3 steps an epoch: 6 of warm-up from 0.1 to 0.4 by 0.05 each
     expected = [0.1 + 0.05 * step for step in range(6)] + [0.4] * 3 + [0.2] * 6
@@ -83,14 +90,18 @@ def test_grow_batch_splits_a_factor_that_does_not_fit() -> None:
 
 
 def test_grow_batch_by_no_integer() -> None:
-    schedule = GrowBatch(sgd(1.0), examples=100, batch_size=10, max_batch_size=100, epochs=3, decay_epochs=(1, 2), decay=0.7)
+    schedule = GrowBatch(
+        sgd(1.0), examples=100, batch_size=10, max_batch_size=100, epochs=3, decay_epochs=(1, 2), decay=0.7
+    )
     walk(schedule)
     assert column(schedule, "batch_size") == [10, 14, 20]  # 14.28…, 20.4…
     assert column(schedule, "lr") == pytest.approx([1.0, 1.4 * 0.7, 2.0 * 0.49], rel=1e-14)
 
 
 def test_a_third_is_a_third() -> None:
-    schedule = GrowBatch(sgd(0.3), examples=90, batch_size=10, max_batch_size=90, epochs=3, decay_epochs=(1, 2), decay=1 / 3)
+    schedule = GrowBatch(
+        sgd(0.3), examples=90, batch_size=10, max_batch_size=90, epochs=3, decay_epochs=(1, 2), decay=1 / 3
+    )
     walk(schedule)
     assert column(schedule, "batch_size") == [10, 30, 90]
     assert column(schedule, "lr") == [0.3, 0.3, 0.3]
@@ -112,7 +123,7 @@ def test_adaptive_by_eigenvalue() -> None:
 
 
 def test_adaptive_by_duration_takes_a_new_reference() -> None:
-    # With the reference left at 8, the 4 after the growth by duration would look like a fall by half; from 7 it is none.
+    # With the reference left at 8, the 4 after the growth by duration would look like a fall by half.
     schedule = adaptive(sgd(0.1), [8.0, 8.0, 7.0, 4.0, 3.5], duration=3, epochs=6)
     walk(schedule)
     assert column(schedule, "reference") == [8.0, 8.0, 7.0, 7.0, 3.5, 3.5]

@@ -132,7 +132,7 @@ class AdaptiveBatch(BatchSchedule):
             part: of this schedule.
 
         Raises:
-            TypeError, ValueError: x or y is no tensor of the examples, or the attack returns something else than it got.
+            TypeError, ValueError: x or y is no tensor of the examples, or the attack returns no tensor like x.
             RuntimeError: perturbed examples are asked for, and this schedule has no attack.
         """
         if part.adversarial == 0 or self._attack is None:

@@ -16,7 +16,7 @@ from kronfac._permutation import permutation
 from kronfac.optim.options import integer
 from kronfac.schedules import state
 from kronfac.schedules.feeding import PartSampler, open_loader
-from kronfac.schedules.parts import Fed, Part, Step, cut_step
+from kronfac.schedules.parts import Fed, Part, Step, cut_step, pieces
 from kronfac.schedules.rates import LearningRates, check_factor, exact
 
 Row: TypeAlias = "dict[str, int | float | str | bool | None]"
@@ -338,7 +338,7 @@ class BatchSchedule(ABC):
     # ------------------------------------------------------------------ parts of the above
 
     def _decayed(self, epoch: int) -> Fraction:
-        """d to the number of decay epochs up to this one."""
+        """Decay to the power of the number of decay epochs up to this one."""
         return exact(self.decay) ** sum(decay_epoch <= epoch for decay_epoch in self.decay_epochs)
 
     def _order(self) -> Tensor:
@@ -348,8 +348,8 @@ class BatchSchedule(ABC):
         """Small batches from the present position on, wherever the schedule is when they are read."""
         if self.finished:
             return iter(())
-        steps = self._order()[self._position :].split(self.batch_size)
-        return (piece.tolist() for indices in steps for piece in indices.split(self.small_batch))
+        steps = pieces(self._order()[self._position :], self.batch_size)
+        return (piece.tolist() for indices in steps for piece in pieces(indices, self.small_batch))
 
     def _count_left(self) -> int:
         steps, rest = divmod(self.examples - self._position, self.batch_size)

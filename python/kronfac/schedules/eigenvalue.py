@@ -182,13 +182,12 @@ class _Search:
     def _operators(self) -> Mapping[str, ParameterOperator]:
         """The operators whose eigenvalues are averaged; made anew, so that graphs live no longer than a call."""
         blocks = self._settings.blocks
+        groups = blocks if isinstance(blocks, Mapping) else None
         names = None if blocks is None or isinstance(blocks, (str, Mapping)) else list(blocks)
-        whole = hessian(
-            self._model, self._loss_fn, self._batch, names, chunk_size=self._settings.chunk_size
-        )
+        whole = hessian(self._model, self._loss_fn, self._batch, names, chunk_size=self._settings.chunk_size)
         if blocks is None or names is not None:
             return {_ONE: whole}
-        return whole.blocks(None if isinstance(blocks, str) else blocks)
+        return whole.blocks(groups)
 
 
 def _not_finite(error: ValueError) -> bool:
@@ -202,5 +201,5 @@ def _check_blocks(blocks: object) -> Any:
     if isinstance(blocks, Sequence) and not isinstance(blocks, str) and blocks:
         return list(blocks)
     raise ValueError(
-        f'{_CALLER}: blocks: expected None, "layers", a list of names or a dict of such lists, not empty, got {blocks!r}'
+        f'{_CALLER}: blocks: expected None, "layers", a list of names or a dict of such lists, got {blocks!r}'
     )

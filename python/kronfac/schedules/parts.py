@@ -56,8 +56,13 @@ def cut_step(indices: Tensor, small_batch: int, omega: float) -> tuple[Part, ...
     """
     return tuple(
         Part(piece.clone(), len(piece) / len(indices), adversarial_examples(len(piece), omega))
-        for piece in indices.split(small_batch)
+        for piece in pieces(indices, small_batch)
     )
+
+
+def pieces(indices: Tensor, size: int) -> list[Tensor]:
+    """Consecutive pieces of a size; the last may be smaller."""
+    return [indices[at : at + size] for at in range(0, len(indices), size)]
 
 
 def adversarial_examples(examples: int, omega: float) -> int:

@@ -29,7 +29,7 @@ def take(data: Any, examples: int, seed: int, caller: str) -> Sample:
     if isinstance(data, tuple) and len(data) == 2:
         count = _count(data, caller)
         _check_enough(count, examples, caller)
-        sample = _rows(data, torch.randperm(count, generator=generator)[:examples])
+        sample = _pair(_rows(data, torch.randperm(count, generator=generator)[:examples]), caller)
     elif isinstance(data, Dataset):
         count = len(data)  # type: ignore[arg-type]  # TypeError where there is none
         _check_enough(count, examples, caller)
@@ -110,4 +110,6 @@ def _joined(trees: list[Any], caller: str) -> Any:
 
 def _check_enough(count: int, examples: int, caller: str) -> None:
     if count < examples:
-        raise ValueError(f"{caller}: examples: expected at most the {count} examples that the data have, got {examples}")
+        raise ValueError(
+            f"{caller}: examples: expected at most the {count} examples that the data have, got {examples}"
+        )

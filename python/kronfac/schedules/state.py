@@ -41,9 +41,7 @@ class Loaded:
     own: Mapping[Any, Any]
 
 
-def check(
-    state_dict: object, *, name: str, options: Mapping[str, Any], epochs: int, groups: int
-) -> Loaded:
+def check(state_dict: object, *, name: str, options: Mapping[str, Any], epochs: int, groups: int) -> Loaded:
     """Check a checkpoint against a schedule without touching the schedule.
 
     Args:
@@ -112,7 +110,9 @@ def count(where: str, value: object, *, least: int = 0, most: int | None = None)
 def finite(where: str, value: object, *, high: float = math.inf) -> float:
     """Return a finite float in [0, high], or raise ValueError."""
     if not isinstance(value, float) or not 0 <= value <= high or math.isinf(value):
-        raise ValueError(f"{where}: expected a finite number from 0{'' if high == math.inf else f' to {high}'}, got {value!r}")
+        raise ValueError(
+            f"{where}: expected a finite number from 0{'' if high == math.inf else f' to {high}'}, got {value!r}"
+        )
     return value
 
 
