@@ -62,7 +62,7 @@ def top_eigenvalue(
     *,
     examples: int = 512,
     blocks: Blocks = None,
-    tolerance: float = 0.05,
+    tolerance: float = 0.1,
     products: int = 50,
     chunk_size: int | None = None,
     seed: int = 0,
@@ -86,7 +86,8 @@ def top_eigenvalue(
         blocks: None for the whole matrix. Names of parameters or modules for the diagonal block that they have
             together; "layers" for the mean of the eigenvalues of all layers' blocks; a dict of lists of names for the
             mean over these blocks.
-        tolerance: of the residual relative to the eigenvalue. The rule that it serves looks for a fall by half.
+        tolerance: of the residual relative to the eigenvalue. The rule that it serves looks for a fall by half, and the
+            error itself is of the order of the residual squared over the gap.
         products: the most products with the Hessian per block and call, >= 2. An eigenvalue that did not meet the
             tolerance then is returned with `converged` False.
         chunk_size: the most examples that are differentiated at once; None for all, whose graph is kept during a call.
