@@ -11,16 +11,17 @@ from typing import Any
 import bench.autoencoder
 from bench.autoencoder import race, summary
 from bench.autoencoder.settings import TITLES, grid
+from bench.process import ROOT, default_results
 
-DATA_DIR = race.ROOT.parent / "shared" / "data" / "mnist"
-FIGURE = race.ROOT / "docs" / "images" / "autoencoder.png"
+DATA_DIR = ROOT.parent / "shared" / "data" / "mnist"
+FIGURE = ROOT / "docs" / "images" / "autoencoder.png"
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse and run; 0: all there is to do is done, 1: it failed, 2: bad usage, 3: the budget ended first."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    results = options.results or race.default_results(options.threads)
+    results = options.results or default_results("autoencoder", options.threads)
     try:
         if options.command in (summary.GRID, summary.FINAL):
             return _run(parser, options, results)

@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from bench.autoencoder.settings import TITLES
 from bench.autoencoder.summary import Record, summarise
-
-
-@dataclass(frozen=True)
-class Theme:
-    """Colours of one variant: background, text and axes, grid, and one per method."""
-
-    background: str
-    ink: str
-    faint: str
-    colours: dict[str, str]
-
+from bench.theme import Theme, check_ending, dark, light, save_both
 
 # Told apart by lightness and line style too, for print and for people who do not see red and green.
 _LIGHT = {
@@ -31,8 +19,7 @@ _LIGHT = {
 _DARK = {
     "sgd": "#ffa65c", "adam": "#e3c44f", "kfac": "#62b0ff", "kfac-adaptive": "#c79bf2", "ekfac": "#4fd1c5",
 }  # fmt: skip
-LIGHT = Theme("#ffffff", "#1f2430", "#d9dde5", _LIGHT)
-DARK = Theme("#0d1117", "#e4e8f0", "#39414f", _DARK)
+THEMES = (light(_LIGHT), dark(_DARK))
 _STYLES = {"sgd": "--", "adam": ":", "kfac": "-", "kfac-adaptive": "-.", "ekfac": (0, (6, 1, 1, 1, 1, 1))}
 
 
@@ -50,33 +37,22 @@ def draw(tuning: Sequence[Record], final: Sequence[Record], path: Path) -> list[
     Raises:
         ValueError: there is no final run to draw, or the ending is another.
     """
-    if path.suffix not in (".svg", ".png"):
-        raise ValueError(f"figure: expected a name that ends in .svg or .png, got {path.name!r}")
+    check_ending(path)
     summary = summarise(tuning, final)
     runs = [line.best for line in summary.lines if line.best is not None]
     if not runs:
         raise ValueError("figure: there is no finished final run to draw")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    paths = [path, path.with_name(f"{path.stem}-dark{path.suffix}")]
-    for theme, target in zip((LIGHT, DARK), paths, strict=True):
-        _figure(runs, summary.mark.error if summary.mark else None, theme).savefig(
-            target, dpi=160, facecolor=theme.background, metadata={"Date": None} if path.suffix == ".svg" else None
-        )
-    return paths
+    target = summary.mark.error if summary.mark else None
+    return save_both(lambda theme: _figure(runs, target, theme), THEMES, path)
 
 
 def _figure(runs: Sequence[Record], target: float | None, theme: Theme) -> Figure:
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = theme.figure(10, 4.2)
     left, right = figure.subplots(1, 2, sharey=True)
     for axes, label in ((left, "seconds of training (evaluation left out)"), (right, "steps")):
-        axes.set_facecolor(theme.background)
+        theme.dress(axes)
         axes.set_yscale("log")
         axes.set_xlabel(label, color=theme.ink)
-        axes.grid(True, which="both", color=theme.faint, linewidth=0.5)
-        axes.tick_params(which="both", colors=theme.ink)
-        for spine in axes.spines.values():
-            spine.set_color(theme.faint)
         for run in runs:
             method = run.setting.method
             axes.plot(

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.autoencoder import worker
 from bench.autoencoder.settings import WIDTHS, Setting, grid
 from bench.autoencoder.summary import FINAL, GRID, Record, best, read
+from bench.process import DONE, ROOT, STOPPED, UNAVAILABLE, RunError, last_line, only_one, thread_environment
 
-ROOT = Path(__file__).resolve().parents[2]
 EVALUATIONS = {GRID: 8, FINAL: 40}
 KEPT = 2
 """Settings per method that are run again for longer."""
@@ -30,8 +26,7 @@ GRACE_SECONDS = 10.0
 """Of the budget's end, for the last evaluation and the checkpoint."""
 
 
-class RaceError(Exception):
-    """What keeps the race from going on; one line."""
+RaceError = RunError
 
 
 @dataclass(frozen=True)
@@ -59,20 +54,6 @@ class Options:
     checkpoint_every: float = 30.0
     widths: Sequence[int] = WIDTHS
     dry: bool = False
-
-
-def default_results(threads: int) -> Path:
-    """`bench/results/autoencoder/<machine>`: runs of different machines are never compared."""
-    name = "unknown"
-    try:
-        facts = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        facts = ""
-    found = dict(re.findall(r"^(model name|model)\s*:\s*(.+)$", facts, re.MULTILINE))
-    if found:
-        name = f"{found.get('model name', 'cpu')} {found.get('model', '')}"
-    slug = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\([^)]*\)", "", name).lower()).strip("-")
-    return ROOT / "bench" / "results" / "autoencoder" / f"{slug}-{threads}-threads"
 
 
 def finals(results: Path, methods: Sequence[str], minutes: float) -> list[Setting]:
@@ -120,7 +101,7 @@ def run_all(stage: str, settings: Sequence[Setting], options: Options) -> bool:
         return True
     for folder in (options.results, options.results / "state"):
         folder.mkdir(parents=True, exist_ok=True)
-    with _only_one(options.results):
+    with only_one(options.results):
         return _run_all(stage, settings, options)
 
 
@@ -135,13 +116,13 @@ def _run_all(stage: str, settings: Sequence[Setting], options: Options) -> bool:
                 return False
             print(f"{stage} {setting.key}: {setting.describe()}", flush=True)
             status, said = _run_one(stage, setting, options)
-            if status == worker.UNAVAILABLE:
+            if status == UNAVAILABLE:
                 refused[setting.method] = said
                 print(f"  not available in this build: {said}", flush=True)
-            elif status == worker.STOPPED:
+            elif status == STOPPED:
                 print(f"  {said}; start again to go on", flush=True)
                 return False
-            elif status != worker.DONE:
+            elif status != DONE:
                 raise RaceError(
                     f"{stage} {setting.key} ended with status {status}: {said} (to start the run anew, remove "
                     f"{_checkpoint_path(options.results, stage, setting, options.minutes)})"
@@ -166,12 +147,10 @@ def _run_one(stage: str, setting: Setting, options: Options) -> tuple[int, str]:
         "checkpoint_every": options.checkpoint_every,
         "deadline": options.deadline - GRACE_SECONDS,
     }
-    count = str(options.threads)
-    environment = os.environ | {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "OPENBLAS_NUM_THREADS": count}
     process = subprocess.Popen(
         [sys.executable, "-m", "bench.autoencoder.worker", json.dumps(request)],
         cwd=ROOT,
-        env=environment,
+        env=thread_environment(options.threads),
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -181,8 +160,7 @@ def _run_one(stage: str, setting: Setting, options: Options) -> tuple[int, str]:
         process.terminate()  # it writes its checkpoint
         process.communicate()
         raise
-    lines = said.strip().splitlines()
-    return process.returncode, lines[-1] if lines else "no message; see above"
+    return process.returncode, last_line(said)
 
 
 def _tell(path: Path) -> None:
@@ -213,13 +191,3 @@ def _record_path(results: Path, stage: str, setting: Setting, minutes: float) ->
 
 def _checkpoint_path(results: Path, stage: str, setting: Setting, minutes: float) -> Path:
     return results / "state" / f"{stage}-{minutes:g}min-{setting.key}.pt"
-
-
-@contextmanager
-def _only_one(results: Path) -> Iterator[None]:
-    with (results / "state" / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RaceError(f"another driver is at work in {results}") from None
-        yield

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.autoencoder.clock import disturbance
 from bench.autoencoder.settings import FIRST_ORDER, TITLES, Setting
+from bench.clock import disturbance
 
 GRID, FINAL = "grid", "final"
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 from bench.autoencoder import methods
-from bench.autoencoder.clock import Clock
 from bench.autoencoder.problem import Order, error_of, loss_of, make_network
 from bench.autoencoder.settings import WIDTHS, Setting
+from bench.clock import Clock
 
 AVERAGED_IMAGES = 100_000
 """Horizon of the averaged iterate in training images: weight 0.99 at batch 1000 (Martens & Grosse, section 13)."""

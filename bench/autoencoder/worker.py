@@ -5,32 +5,22 @@ It is given one JSON object on the command line and says how it went by its exit
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import signal
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-DONE, BROKEN, UNAVAILABLE, STOPPED = 0, 1, 3, 4
-"""Exit statuses: the record is written; failed; kronfac refuses the method; the checkpoint waits to be continued."""
+from bench.process import BROKEN, DONE, STOPPED, UNAVAILABLE, end_with_parent, pin, stop_on_signals
 
 
 def main(text: str) -> int:
     """Run the request; returns the exit status."""
     request: dict[str, Any] = json.loads(text)
-    _end_with_parent(request["parent"])
-    processors = _pin(request["threads"])
-    stopped = False
-
-    def stop(*_: object) -> None:
-        nonlocal stopped
-        stopped = True
-
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
+    end_with_parent(request["parent"])
+    processors = pin(request["threads"])
+    stopped = stop_on_signals()
 
     import torch
 
@@ -54,7 +44,7 @@ def main(text: str) -> int:
     try:
         images = problem.load_images(Path(request["data_dir"]))
         record = train.run(
-            job, images, Path(request["checkpoint"]), lambda: stopped or time.time() >= request["deadline"]
+            job, images, Path(request["checkpoint"]), lambda: bool(stopped) or time.time() >= request["deadline"]
         )
     except methods.UnavailableError as reason:
         print(reason)
@@ -76,25 +66,6 @@ def main(text: str) -> int:
     write_atomically(Path(request["record"]), to_json(record))
     Path(request["checkpoint"]).unlink(missing_ok=True)
     return DONE
-
-
-def _end_with_parent(parent: int) -> None:
-    """Die when the driver is killed: a run that nobody waits for would disturb the next one. Only on Linux."""
-    if sys.platform != "linux":
-        return
-    ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:  # it was killed before the line above
-        raise SystemExit(BROKEN)
-
-
-def _pin(threads: int) -> list[int]:
-    if not hasattr(os, "sched_setaffinity"):
-        return []
-    available = sorted(os.sched_getaffinity(0))
-    if threads > len(available):
-        raise SystemExit(f"--threads {threads}: only {len(available)} processors are available to this process")
-    os.sched_setaffinity(0, available[:threads])
-    return available[:threads]
 
 
 if __name__ == "__main__":

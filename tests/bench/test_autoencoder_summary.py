@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from bench.autoencoder.clock import Clock, disturbance
 from bench.autoencoder.settings import Setting
 from bench.autoencoder.summary import best, markdown, read, summarise
+from bench.clock import Clock, disturbance
 from tests.bench.records import write_record
 
 SGD = Setting("sgd", 200, {"lr": 0.01, "max_momentum": 0.99})
