@@ -11,7 +11,7 @@ from __future__ import annotations
 from importlib.metadata import version as _version
 
 from kronfac import _library as _library  # first: registers torch.ops.kronfac
-from kronfac import curvature, linalg, operators, ops, optim, spectrum
+from kronfac import adversarial, curvature, linalg, operators, ops, optim, spectrum
 from kronfac.curvature import Bernoulli, Categorical, Gaussian
 from kronfac.optim import KFAC
 
@@ -20,6 +20,7 @@ __all__ = [
     "Bernoulli",
     "Categorical",
     "Gaussian",
+    "adversarial",
     "curvature",
     "linalg",
     "operators",

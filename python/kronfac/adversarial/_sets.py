@@ -75,7 +75,7 @@ def _bound(value: object, name: str, inputs: Tensor, caller: str) -> Tensor:
     if torch.isnan(bound).any():
         raise ValueError(f"{caller}: bounds: {name} holds NaN")
     try:
-        fits = torch.broadcast_shapes(bound.shape, inputs.shape) == inputs.shape
+        fits = torch.broadcast_shapes(bound.shape, inputs.shape) == inputs.shape  # type: ignore[no-untyped-call]
     except RuntimeError:
         fits = False
     if not fits:
@@ -140,7 +140,8 @@ def unit(rows: Tensor) -> Tensor:
     largest = flat.abs().amax(dim=1, keepdim=True) if flat.shape[1] else flat.new_ones(len(flat), 1)
     scaled = torch.where(largest > 0, flat / largest, 0.0)
     norm = torch.linalg.vector_norm(scaled, dim=1).clamp_min(1.0)  # the largest entry is 1, or all are 0
-    return (scaled / norm[:, None]).view(rows.shape) if rows.ndim == 1 else scaled.view(rows.shape) / norm.view(shape)
+    result: Tensor = scaled.view(rows.shape) / norm.view(shape)
+    return result
 
 
 def _sum_rounded_down(x: Tensor, y: Tensor) -> Tensor:
