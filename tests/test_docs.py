@@ -18,7 +18,14 @@ from kronfac.curvature import registry
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-DOCUMENTED = ("kronfac.curvature", "kronfac.operators", "kronfac.ops", "kronfac.optim", "kronfac.spectrum")
+DOCUMENTED = (
+    "kronfac.adversarial",
+    "kronfac.curvature",
+    "kronfac.operators",
+    "kronfac.ops",
+    "kronfac.optim",
+    "kronfac.spectrum",
+)
 PYTHON, NOT_RUN = "python", "{.python .no-test}"
 
 _FENCE = re.compile(
