@@ -411,6 +411,32 @@ def test_resumes_bit_for_bit() -> None:
     assert list(resumed.history) == list(optimizer.history)[4:]
 
 
+def test_a_copy_goes_on_alike_and_a_converted_model_goes_on() -> None:
+    model, x, y = classifier(4, 6, 3, examples=40)
+    optimizer = GaussNewtonCG(
+        model.parameters(),
+        examples=40,
+        hessian_sample=0.3,
+        preconditioner=torch.eye(len(flat(model)), dtype=torch.float64),
+    )
+    for _ in range(3):
+        optimizer.step(cross_entropy(model, x, y))
+    twin, other = copy.deepcopy((model, optimizer))
+    for _ in range(2):
+        optimizer.step(cross_entropy(model, x, y))
+        other.step(cross_entropy(twin, x, y))
+    assert torch.equal(flat(model), flat(twin))
+    assert optimizer.last_step == other.last_step
+    twin.float()
+    before = float(functional.cross_entropy(twin(x.float()), y).detach())
+    narrow = GaussNewtonCG(twin.parameters(), examples=40)
+    narrow.step(cross_entropy(twin, x.float(), y))
+    twin.double()
+    narrow.step(cross_entropy(twin, x, y))
+    assert narrow.last_step.warm or narrow.last_step.accepted
+    assert narrow.last_step.loss_after < before
+
+
 def test_a_foreign_checkpoint_is_refused() -> None:
     model, x, y = classifier(4, 6, 3)
     optimizer = GaussNewtonCG(model.parameters())
