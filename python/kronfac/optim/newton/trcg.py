@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar
 
 import torch
 
 from kronfac.curvature import Likelihood
 from kronfac.linalg.lanczos import norm
 from kronfac.linalg.trust_region import TrustRegionResult, trust_region_cg
-from kronfac.operators.algebra import ParameterOperator
 from kronfac.optim.newton.base import COMMON_OPTIONS, Check, NewtonOptimizer, NewtonStep, positive
 from kronfac.optim.newton.evaluation import Evaluation, SampleSize
+from kronfac.optim.newton.preconditioning import PreconditionerSource, Preconditioning
 from kronfac.optim.newton.radius import CLASSICAL, XU, rule_from
 from kronfac.optim.options import choice, integer, number
-
-PreconditionerSource: TypeAlias = "Any | Callable[[], Any] | None"
-"""M⁻¹ with `@`, or a callable without arguments that makes one (or a function of a vector)."""
 
 
 @dataclass(frozen=True)
@@ -202,18 +199,12 @@ class TRCG(NewtonOptimizer):
         )
         if radius > max_radius:
             raise ValueError(f"TRCG: radius: expected at most max_radius={max_radius}, got {radius}")
-        if not (preconditioner is None or hasattr(preconditioner, "__matmul__") or callable(preconditioner)):
-            raise TypeError(
-                "TRCG: preconditioner: expected an operator with `@`, a callable without arguments or None, got "
-                f"{type(preconditioner).__name__}"
-            )
-        self._preconditioner = preconditioner
-        self._made: tuple[int, Any] | None = None
+        self._preconditioning = Preconditioning(preconditioner, self.method)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As of the base class; a preconditioner is made anew in the next step."""
         super().load_state_dict(state_dict)
-        self._made = None
+        self._preconditioning.made = None
 
     def _check_further(self, where: str, options: Mapping[str, Any]) -> None:
         rule_from(options, where)
@@ -222,7 +213,7 @@ class TRCG(NewtonOptimizer):
         self, run: Evaluation, options: Mapping[str, Any], values: Mapping[str, Any]
     ) -> tuple[TrustRegionStep, Mapping[str, Any]]:
         rule = rule_from(options, self.method)
-        made = self._current_preconditioner(options["preconditioner_every"], run)
+        made = self._preconditioning.current(self.steps, options["preconditioner_every"], run.layout)
         gradient_sample = run.sample(options["gradient_sample"])
         hessian_sample = run.sample(options["hessian_sample"])
         ratio_sample = self._ratio_sample(run, options, gradient_sample)
@@ -268,7 +259,7 @@ class TRCG(NewtonOptimizer):
             while radius >= result.norm:  # the problem would have the same solution
                 radius = rule.rejected(radius)
         last = attempts[-1]
-        self._made = made
+        self._preconditioning.made = made
         assert result is not None
         return (
             TrustRegionStep(
@@ -297,31 +288,6 @@ class TRCG(NewtonOptimizer):
                 f"{self.method}.step: closure: expected a finite loss on the sample of the ratio, got {loss}"
             )
         return loss
-
-    def _current_preconditioner(self, every: int, run: Evaluation) -> tuple[int, Any] | None:
-        """The preconditioner with the step that it was made in."""
-        source = self._preconditioner
-        if source is None:
-            return None
-        if hasattr(source, "__matmul__"):
-            made = (0, source)
-        elif self._made is not None and self.steps - self._made[0] < every:
-            return self._made
-        else:
-            made = (self.steps, source())
-        operator, where = made[1], f"{self.method}: preconditioner"
-        if not (hasattr(operator, "__matmul__") or callable(operator)):
-            raise TypeError(f"{where}: expected an operator with `@`, got {type(operator).__name__}")
-        size = run.layout.size
-        shape = tuple(getattr(operator, "shape", (size, size)))
-        if shape != (size, size):
-            raise ValueError(f"{where}: expected an operator ({size}, {size}), got shape {shape}")
-        if isinstance(operator, ParameterOperator) and operator._layout.shapes != run.layout.shapes:
-            raise ValueError(
-                f"{where}: expected an operator over the optimizer's parameters in their order, got one over "
-                f"{', '.join(operator.names[:4])}{', ...' if len(operator.names) > 4 else ''}"
-            )
-        return made
 
 
 def _attempt(
