@@ -21,7 +21,8 @@ from kronfac.cli.comparison import (
     sgd_grid,
 )
 from kronfac.cli.errors import RunError
-from kronfac.cli.training import Settings, evaluate
+from kronfac.cli.optimizers import Settings
+from kronfac.cli.training import evaluate
 
 
 def candidate(settings: Settings, *finals: float) -> Candidate:

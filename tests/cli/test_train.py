@@ -46,6 +46,9 @@ def test_learns_the_digits(kronfac: Kronfac, tmp_path: Path, optimizer: str) -> 
     ("problem", "options"),
     [
         ("digits", ["--optimizer", "sgd", "--lr", "0.02"]),
+        (f"{HERE}:classifier", ["--optimizer", "rmsprop", "--momentum", "0.5", "--alpha", "0.9"]),
+        (f"{HERE}:classifier", ["--optimizer", "nadam", "--beta1", "0.8"]),
+        (f"{HERE}:own_generator", ["--optimizer", "ekfac", "--inverse-every", "3"]),
         ("digits", ["--optimizer", "kfac", "--damping", "0.3", "--lr", "0.05", "--inverse-every", "7"]),
         (f"{HERE}:classifier", ["--optimizer", "kfac", "--fisher", "exact", "--solve", "eigen"]),
         (f"{HERE}:own_generator", ["--optimizer", "sgd", "--seed", "5"]),

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from kronfac.cli.errors import RunError
+from kronfac.cli.optimizers import Settings, make_optimizer
 from kronfac.cli.problems import Problem, builtin_problem, set_epoch
-from kronfac.cli.training import Settings, evaluate, make_optimizer, train_epoch
+from kronfac.cli.training import evaluate, train_epoch
 from kronfac.datasets import Dataset
 
 SGD_RATES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -146,11 +147,11 @@ def run_settings(
         seconds = 0.0
         for epoch in range(epochs):
             set_epoch(problem.train, epoch)
-            batch_loss, steps, spent = train_epoch(problem.model, problem.loss_fn, problem.train, optimizer, on_step)
-            seconds += spent
-            run.steps += steps
+            trained = train_epoch(problem.model, problem.loss_fn, problem.train, optimizer, on_step)
+            seconds += trained.seconds
+            run.steps += trained.updates
             train_loss, _ = evaluate(problem.model, problem.loss_fn, problem.ordered)
-            if not (math.isfinite(batch_loss) and math.isfinite(train_loss)):
+            if not (math.isfinite(trained.loss) and math.isfinite(train_loss)):
                 run.diverged = True
                 break
             test_loss, accuracy = evaluate(problem.model, problem.loss_fn, problem.test)

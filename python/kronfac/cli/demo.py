@@ -11,7 +11,7 @@ from kronfac.cli.options import Json, Quiet
 
 if TYPE_CHECKING:
     from kronfac.cli.comparison import Candidate
-    from kronfac.cli.training import Settings
+    from kronfac.cli.optimizers import Settings
     from kronfac.datasets import Dataset
 
 TOP = 10

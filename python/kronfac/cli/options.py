@@ -9,13 +9,6 @@ from typing import Annotated, TypeAlias
 import typer
 
 
-class OptimizerName(str, Enum):
-    """Optimizers of `kronfac train`."""
-
-    KFAC = "kfac"
-    SGD = "sgd"
-
-
 class Fisher(str, Enum):
     """How K-FAC's output gradients are taken."""
 

@@ -1,101 +1,36 @@
-"""The training loop that `kronfac train` and `kronfac demo` share."""
+"""The training loop that `kronfac train` and `kronfac demo` share, and the evaluation after an epoch."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kronfac.cli.errors import UsageError, one_line
+from kronfac.cli.errors import UsageError
 from kronfac.cli.problems import Loader, LossFunction, count_examples, to_device
-
-if TYPE_CHECKING:
-    from kronfac.curvature import Likelihood
-
-KFAC_DAMPING = 1e-2
 
 
 @dataclass(frozen=True)
-class Settings:
-    """An optimizer and its hyper-parameters; the K-FAC ones are None or ignored for SGD.
+class Epoch:
+    """What an epoch of training was.
 
     Attributes:
-        optimizer: "sgd" (torch.optim.SGD) or "kfac" (kronfac.KFAC).
-        lr: learning rate, constant.
-        momentum: momentum.
-        weight_decay: L2 coefficient.
-        damping: λ.
-        kl_clip: κ, or None to switch it off.
-        fisher: "mc", "exact" or "empirical".
-        likelihood: "categorical", "gaussian", "bernoulli", or an object of `kronfac.curvature.Likelihood`.
-        solve: "inverse" or "eigen".
-        factor_every: steps between statistics.
-        inverse_every: steps between inversions.
+        loss: mean of the batch losses, weighted by examples; NaN or infinite as soon as one batch's is.
+        updates: optimizer steps taken.
+        propagations: examples of which a gradient was taken, each time it was.
+        batch_size: examples per update, the most in this epoch.
+        seconds: that the steps took, loading included.
     """
 
-    optimizer: str
-    lr: float
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-    damping: float | None = None
-    kl_clip: float | None = None
-    fisher: str = "mc"
-    likelihood: str | Likelihood = "categorical"
-    solve: str = "inverse"
-    factor_every: int = 1
-    inverse_every: int = 10
-
-    def used(self) -> dict[str, Any]:
-        """The settings that the optimizer reads, as plain data."""
-        names = ("optimizer", "lr", "momentum", "weight_decay")
-        plain = {field.name: getattr(self, field.name) for field in fields(self)}
-        plain["likelihood"] = self.likelihood if isinstance(self.likelihood, str) else repr(self.likelihood)
-        return {name: value for name, value in plain.items() if self.optimizer == "kfac" or name in names}
-
-
-def make_optimizer(settings: Settings, model: nn.Module, seed: int) -> torch.optim.Optimizer:
-    """Build the optimizer.
-
-    Args:
-        settings: what to build.
-        model: whose parameters to train.
-        seed: of K-FAC's target sampler.
-
-    Raises:
-        UsageError: a hyper-parameter that the optimizer refuses.
-    """
-    try:
-        if settings.optimizer == "sgd":
-            return torch.optim.SGD(
-                [p for p in model.parameters() if p.requires_grad],
-                lr=settings.lr,
-                momentum=settings.momentum,
-                weight_decay=settings.weight_decay,
-            )
-        if settings.optimizer == "kfac":
-            from kronfac.optim import KFAC
-
-            return KFAC(
-                model,
-                settings.lr,
-                momentum=settings.momentum,
-                weight_decay=settings.weight_decay,
-                damping=KFAC_DAMPING if settings.damping is None else settings.damping,
-                likelihood=settings.likelihood,
-                fisher=settings.fisher,
-                solve=settings.solve,
-                factor_every=settings.factor_every,
-                inverse_every=settings.inverse_every,
-                kl_clip=settings.kl_clip,
-                seed=seed,
-            )
-    except (ValueError, TypeError) as error:
-        raise UsageError(one_line(error)) from None
-    raise UsageError(f"unknown optimizer {settings.optimizer!r}: expected sgd or kfac")
+    loss: float
+    updates: int
+    propagations: int
+    batch_size: int
+    seconds: float
 
 
 def train_epoch(
@@ -104,7 +39,7 @@ def train_epoch(
     batches: Loader,
     optimizer: torch.optim.Optimizer,
     on_step: Callable[[float], None] = lambda loss: None,
-) -> tuple[float, int, float]:
+) -> Epoch:
     """Go through the batches once.
 
     Args:
@@ -115,12 +50,11 @@ def train_epoch(
         on_step: called with the batch's loss after every step (for progress bars; its time is not counted).
 
     Returns:
-        The mean of the batch losses weighted by examples, the number of steps, and the seconds they took (loading
-        included). The loss is NaN or infinite, and the epoch cut short, as soon as one batch's is.
+        The epoch, cut short as soon as a batch's loss is not finite.
     """
     model.train()
     device = next(model.parameters()).device
-    total, examples, steps, seconds = 0.0, 0, 0, 0.0
+    total, examples, steps, largest, seconds = 0.0, 0, 0, 0, 0.0
     start = time.perf_counter()
     for inputs, targets in batches:
         inputs, targets = to_device(inputs, device), to_device(targets, device)
@@ -132,15 +66,16 @@ def train_epoch(
         count = count_examples(targets)
         total += value * count
         examples += count
+        largest = max(largest, count)
         steps += 1
         seconds += time.perf_counter() - start
         on_step(value)
         if not abs(value) < float("inf"):
-            return value, steps, seconds
+            return Epoch(value, steps, examples, largest, seconds)
         start = time.perf_counter()
     if examples == 0:
         raise UsageError("the training loader yields no batch")
-    return total / examples, steps, seconds
+    return Epoch(total / examples, steps, examples, largest, seconds)
 
 
 @torch.no_grad()
