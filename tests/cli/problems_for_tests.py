@@ -47,6 +47,18 @@ def own_generator() -> tuple[nn.Module, Any, Loader]:
     return model, F.cross_entropy, DataLoader(_data(90, 1), 16, shuffle=True, generator=generator)
 
 
+def listed() -> tuple[nn.Module, Any, tuple[list[tuple[torch.Tensor, ...]], Loader]]:
+    """Batches in a list, so that schedules may pick examples; with dropout."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 3))
+    return model, F.cross_entropy, (list(DataLoader(_data(90, 1), 40)), DataLoader(_data(40, 2), 40))
+
+
+def ragged() -> Any:
+    """Batches of sequences of different lengths."""
+    model, loss, _ = regression()
+    return model, loss, [(torch.ones(2, length, 5), torch.ones(2, length, 1)) for length in (3, 4)]
+
+
 def regression() -> tuple[nn.Module, Any, list[tuple[torch.Tensor, torch.Tensor]]]:
     """Linear least squares, whose Hessian is known; batches of different sizes."""
     x, y = regression_data()

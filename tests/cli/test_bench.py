@@ -62,15 +62,6 @@ def test_sides_are_timed_by_turns_and_repeated_to_fill_a_sample() -> None:
         by_turns(sides, rounds=0, clock=clock)
 
 
-def test_unseen_calls_come_before_each_sample() -> None:
-    clock = FakeClock()
-    log: list[str] = []
-    sides = {"a": clock.taking(1.0, log, "a"), "b": clock.taking(0.25, log, "b")}
-    timings = by_turns(sides, rounds=2, sample_seconds=0.5, warm=0.75, clock=clock)
-    assert log == [*"aaa", *"bbbbb", *(["a", "a", *"bbbbb"] * 2)]
-    assert (timings["a"].calls, timings["b"].calls) == (1, 2)
-
-
 def test_calls_per_sample_has_a_floor_and_a_ceiling() -> None:
     assert calls_per_sample(3.0, 1.0) == 1
     assert calls_per_sample(0.3, 1.0) == 4

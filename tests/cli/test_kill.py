@@ -81,3 +81,26 @@ def test_the_curve_of_a_run_that_is_killed_again_and_again_is_that_of_one_that_i
     assert curves[0]["train_loss"] == curves[1]["train_loss"]
     assert len(curves[1]["train_loss"]) == EPOCHS
     assert sorted(path.name for path in killed.iterdir()) == ["checkpoint.pt", "history.json"]  # nothing half written
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_in_the_middle_of_a_grown_batch_continues_bit_for_bit(tmp_path: Path) -> None:
+    schedule = ["--schedule", "adaptive-batch", "--duration", "1", "--batch-size", "8", "--adversarial", "0.1"]
+    run = ["train", f"{HERE}:listed", *KFAC, *schedule, "--epochs", "6", "--save-every", "2", "--quiet"]
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    kronfac = [sys.executable, "-m", "kronfac.cli"]
+    assert finish(subprocess.Popen([*kronfac, *run, "--out", str(straight)], cwd=ROOT, stderr=subprocess.PIPE)) == 0
+    first = run
+    # 12 updates of 8, then 6 of 16 and 3 of 32: a checkpoint after every second one and after each epoch.
+    for point, count in (("done", 5), ("renamed", 5), ("written", 4)):
+        trap = [sys.executable, "-m", "tests.cli.killed", point, str(count)]
+        process = subprocess.Popen([*trap, *first, "--out", str(killed)], cwd=ROOT, stderr=subprocess.PIPE)
+        assert finish(process) == -signal.SIGKILL
+        assert content(killed)["loop"]["tally"]["updates"] > 0
+        first = ["train", "--resume", "--save-every", "2", "--quiet"]
+    assert content(killed)["loop"]["schedule"]["batch_size"] > 8
+    process = subprocess.Popen([*kronfac, *first, "--out", str(killed)], cwd=ROOT, stderr=subprocess.PIPE)
+    assert finish(process) == 0
+    left, right = content(straight), content(killed)
+    assert left["epoch"] == 6
+    assert all(same(left[name], right[name]) for name in left)

@@ -32,6 +32,13 @@ class Solve(str, Enum):
     EIGEN = "eigen"
 
 
+class Blocks(str, Enum):
+    """Of which parts of the Hessian the top eigenvalue is taken."""
+
+    NONE = "none"
+    LAYERS = "layers"
+
+
 class OperatorName(str, Enum):
     """Curvature matrices that `kronfac spectrum` looks at."""
 

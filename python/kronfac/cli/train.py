@@ -12,7 +12,7 @@ from kronfac.cli import train_options as opt
 from kronfac.cli.errors import UsageError
 from kronfac.cli.options import DataDir, Device, Json, ProblemArgument, Quiet, was_given
 
-_NOT_OF_THE_RUN = ("data_dir", "device", "out", "resume", "force", "as_json", "quiet")
+_NOT_OF_THE_RUN = ("data_dir", "device", "out", "save_every", "resume", "force", "as_json", "quiet")
 
 
 def train(
@@ -34,12 +34,30 @@ def train(
     solve: opt.SolveKind = None,
     factor_every: opt.FactorEvery = None,
     inverse_every: opt.InverseEvery = None,
+    schedule: opt.ScheduleName = "fixed",
+    decay_epochs: opt.DecayEpochs = None,
+    decay: opt.Decay = None,
+    small_batch: opt.SmallBatch = None,
+    base_batch_size: opt.BaseBatch = None,
+    warmup_epochs: opt.Warmup = None,
+    max_batch_size: opt.MaxBatch = None,
+    growth: opt.Growth = None,
+    threshold: opt.Threshold = None,
+    duration: opt.Duration = None,
+    adversarial: opt.Adversarial = None,
+    adversarial_share: opt.AdversarialShare = None,
+    eigenvalue_examples: opt.EigenvalueExamples = None,
+    eigenvalue_every: opt.EigenvalueEvery = None,
+    eigenvalue_blocks: opt.EigenvalueBlocks = None,
+    eigenvalue_tolerance: opt.EigenvalueTolerance = None,
+    eigenvalue_products: opt.EigenvalueProducts = None,
     epochs: opt.Epochs = None,
     batch_size: opt.BatchSize = None,
     seed: opt.Seed = None,
     data_dir: DataDir = None,
     device: Device = "cpu",
     out: opt.Out = None,
+    save_every: opt.SaveEvery = None,
     resume: opt.Resume = False,
     force: opt.Force = False,
     as_json: Json = False,
@@ -50,12 +68,12 @@ def train(
     from kronfac.cli.train_config import new_config, saved_config
     from kronfac.cli.training_run import TrainingRun, summary
 
-    # By name: the table of optimizers says what each option is for.
+    # By name: the tables of optimizers and schedules say what each option is for.
     values = {name: value.value if isinstance(value, Enum) else value for name, value in context.params.items()}
     given = {n: value for n, value in values.items() if n not in _NOT_OF_THE_RUN and was_given(context, n)}
     checkpoint = _open_checkpoint(out, resume=resume, force=force)
     config = new_config(given) if checkpoint is None else saved_config(checkpoint["config"], given)
-    run = TrainingRun(config, given, data_dir=data_dir, device=device, out=out)
+    run = TrainingRun(config, given, data_dir=data_dir, device=device, out=out, save_every=save_every)
     if checkpoint is not None:
         run.load(checkpoint)
     result = run.train(quiet=quiet)

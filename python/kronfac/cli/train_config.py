@@ -7,20 +7,12 @@ from typing import Any
 
 from kronfac.cli.errors import UsageError
 from kronfac.cli.optimizers import OPTIMIZERS
+from kronfac.cli.schedules import SCHEDULES, is_scheduled
 
-_ALWAYS = {"problem": "digits", "optimizer": "kfac", "epochs": 20, "batch_size": 128, "seed": 0}
+_ALWAYS = {"problem": "digits", "optimizer": "kfac", "schedule": "fixed", "epochs": 20, "batch_size": 128, "seed": 0}
+_NEW = ("schedule", "epochs")  # not in the checkpoints of earlier versions
 _EXTENDED = "epochs"  # may differ from the checkpoint's: a run can be taken further
-
-
-def options_of(optimizer: str) -> dict[str, Any]:
-    """The options that apply, with their defaults.
-
-    Raises:
-        UsageError: unknown optimizer.
-    """
-    if optimizer not in OPTIMIZERS:
-        raise UsageError(f"--optimizer {optimizer}: expected {', '.join(OPTIMIZERS)}")
-    return dict(OPTIMIZERS[optimizer].options)
+_TABLES: dict[str, Mapping[str, Any]] = {"optimizer": OPTIMIZERS, "schedule": SCHEDULES}
 
 
 def new_config(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -32,12 +24,11 @@ def new_config(given: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UsageError: unknown, contradictory or out of range.
     """
+    given = _read(given)
     config = {name: given.get(name, default) for name, default in _ALWAYS.items()}
-    options = options_of(config["optimizer"])
-    _check_applicable(given, options, config["optimizer"])
-    config |= {name: given.get(name, default) for name, default in options.items()}
-    _check_values(config)
-    if ":" in config["problem"] and "batch_size" in given:
+    config |= {name: given.get(name, default) for name, default in _options(config).items()}
+    _check(config, given)
+    if ":" in config["problem"] and "batch_size" in given and not is_scheduled(config):
         raise UsageError(f"--batch-size applies to the built-in datasets; {config['problem']} brings its own loaders")
     return config
 
@@ -48,19 +39,19 @@ def saved_config(saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str
     Raises:
         UsageError: it does not, or the configuration is damaged.
     """
-    missing = [name for name in _ALWAYS if name not in saved and name != _EXTENDED]
+    given = _read(given)
+    missing = [name for name in _ALWAYS if name not in saved and name not in _NEW]
     if missing:
         raise UsageError(f"--resume: damaged checkpoint, its configuration lacks {', '.join(missing)}")
     # A checkpoint of an earlier version knows nothing of later options, which were at their defaults then.
     config = {name: saved.get(name, default) for name, default in _ALWAYS.items()}
-    config |= {name: saved.get(name, default) for name, default in options_of(config["optimizer"]).items()}
+    config |= {name: saved.get(name, default) for name, default in _options(config).items()}
     config[_EXTENDED] = given.get(_EXTENDED, config[_EXTENDED])
     for name, value in given.items():
         if name in config and value != config[name]:
             label = "PROBLEM" if name == "problem" else flag(name)
             raise UsageError(f"--resume: {label} {value} differs from the checkpoint's {config[name]}")
-    _check_applicable(given, options_of(config["optimizer"]), config["optimizer"])
-    _check_values(config)
+    _check(config, given)
     return config
 
 
@@ -69,16 +60,42 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _check_applicable(given: Mapping[str, Any], options: Mapping[str, Any], optimizer: str) -> None:
+def _options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that apply, with their defaults."""
+    found: dict[str, Any] = {}
+    for kind, table in _TABLES.items():
+        if config[kind] not in table:
+            raise UsageError(f"--{kind} {config[kind]}: expected {', '.join(table)}")
+        found |= table[config[kind]].options
+    return found
+
+
+def _read(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What is typed as text and means something else."""
+    readers = {"decay_epochs": _epochs}
+    return {name: readers[name](name, value) if name in readers else value for name, value in given.items()}
+
+
+def _epochs(name: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")] if text.strip() else []
+    except ValueError:
+        raise UsageError(f"{flag(name)} {text}: expected whole numbers with commas between, such as 10,15") from None
+
+
+def _check(config: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    options = _options(config)
     for name in given:
-        takers = [key for key, entry in OPTIMIZERS.items() if name in entry.options]
-        if takers and name not in options:
-            among = takers[0] if len(takers) == 1 else ", ".join(takers[:-1]) + f" or {takers[-1]}"
-            raise UsageError(f"{flag(name)} applies to --optimizer {among} only, not to {optimizer}")
-
-
-def _check_values(config: Mapping[str, Any]) -> None:
-    # The optimizers check their options too; torch's own let NaN and infinity pass.
+        for kind, table in _TABLES.items():
+            takers = [key for key, entry in table.items() if name in entry.options]
+            if takers and name not in options:
+                among = takers[0] if len(takers) == 1 else ", ".join(takers[:-1]) + f" or {takers[-1]}"
+                raise UsageError(f"{flag(name)} applies to --{kind} {among} only, not to {config[kind]}")
+    if "decay" in given and not config["decay_epochs"]:
+        raise UsageError("--decay is applied at the --decay-epochs; give them, too")
+    if "adversarial_share" in given and config["adversarial"] is None:
+        raise UsageError("--adversarial-share is that of --adversarial EPS; give it, too")
+    # The optimizers and schedules check their options too; torch's own optimizers let NaN and infinity pass.
     for name, value in config.items():
         if isinstance(value, float) and not 0 <= value < float("inf"):
             raise UsageError(f"{flag(name)}: expected a finite number, at least 0, got {value}")

@@ -24,6 +24,7 @@ class Epoch:
         propagations: examples of which a gradient was taken, each time it was.
         batch_size: examples per update, the most in this epoch.
         seconds: that the steps took, loading included.
+        lr: learning rate of the first param group at the last step; None where there is none.
     """
 
     loss: float
@@ -31,6 +32,7 @@ class Epoch:
     propagations: int
     batch_size: int
     seconds: float
+    lr: float | None = None
 
 
 def train_epoch(
@@ -71,11 +73,17 @@ def train_epoch(
         seconds += time.perf_counter() - start
         on_step(value)
         if not abs(value) < float("inf"):
-            return Epoch(value, steps, examples, largest, seconds)
+            return Epoch(value, steps, examples, largest, seconds, current_lr(optimizer))
         start = time.perf_counter()
     if examples == 0:
         raise UsageError("the training loader yields no batch")
-    return Epoch(total / examples, steps, examples, largest, seconds)
+    return Epoch(total / examples, steps, examples, largest, seconds, current_lr(optimizer))
+
+
+def current_lr(optimizer: torch.optim.Optimizer) -> float | None:
+    """The learning rate of the first param group, None where there is none."""
+    lr = optimizer.param_groups[0].get("lr")
+    return None if lr is None else float(lr)
 
 
 @torch.no_grad()

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sized
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from kronfac.cli.checkpoint import load_parameters, random_state, restore_random_state, save_checkpoint
 from kronfac.cli.errors import RunError, UsageError, one_line
+from kronfac.cli.examples import single_examples
+from kronfac.cli.loops import LoaderLoop, Loop, ScheduleLoop
 from kronfac.cli.optimizers import OPTIMIZERS, Settings, make_optimizer
 from kronfac.cli.output import Progress, make_directory, to_json, write_atomically
-from kronfac.cli.problems import load_problem, set_epoch
+from kronfac.cli.problems import load_problem
+from kronfac.cli.schedules import SCHEDULES, is_scheduled, make_schedule
 from kronfac.cli.train_options import CHECKPOINT, HISTORY
-from kronfac.cli.training import Epoch, evaluate, train_epoch
+from kronfac.cli.training import Epoch, evaluate
 
 _COLUMNS = ("train_loss", "test_loss", "test_accuracy", "seconds")
 _LATER_COLUMNS = ("lr", "batch_size", "updates", "propagations")  # which earlier checkpoints lack
@@ -27,20 +31,31 @@ class TrainingRun:
         data_dir: directory of the dataset's files.
         device: torch device.
         out: directory for the checkpoint and the history, or None.
+        save_every: updates between checkpoints within an epoch; None for none.
 
     Raises:
         UsageError: a problem, an option or data that will not do.
     """
 
     def __init__(
-        self, config: dict[str, Any], given: Any, *, data_dir: Path | None, device: str, out: Path | None
+        self,
+        config: dict[str, Any],
+        given: Any,
+        *,
+        data_dir: Path | None,
+        device: str,
+        out: Path | None,
+        save_every: int | None = None,
     ) -> None:
-        self.config, self.out = config, out
+        self.config, self.out, self._save_every = config, out, save_every
         self.problem = load_problem(
             config["problem"], data_dir=data_dir, batch_size=config["batch_size"], seed=config["seed"], device=device
         )
         self.settings = self._settings("likelihood" in given)
-        self.optimizer = make_optimizer(self.settings, self.problem.model, config["seed"])
+        self.optimizer, self.loop = self._parts()
+        if save_every is not None and not (self.loop.saves_within and out is not None):
+            lacking = "--out" if out is None else "a schedule; the position of a loader within an epoch cannot be saved"
+            raise UsageError(f"--save-every needs {lacking}")
         self.history: dict[str, list[Any]] = {name: [] for name in (*_COLUMNS, *_LATER_COLUMNS)}
         self.resumed_from: int | None = None
 
@@ -54,6 +69,16 @@ class TrainingRun:
                 raise UsageError(f"--likelihood: {name} says itself what its likelihood is; leave the option out")
             options["likelihood"] = self.problem.likelihood
         return Settings(self.config["optimizer"], **options)
+
+    def _parts(self) -> tuple[torch.optim.Optimizer, Loop]:
+        """The optimizer, and what feeds it."""
+        config, problem = self.config, self.problem
+        optimizer = make_optimizer(self.settings, problem.model, config["seed"])
+        if not is_scheduled(config):
+            return optimizer, LoaderLoop(problem, optimizer)
+        data = single_examples(problem, "--schedule")
+        schedule = make_schedule(config, optimizer, problem, data)
+        return optimizer, ScheduleLoop(problem, optimizer, schedule, data, config.get("eigenvalue_examples", 0))
 
     @property
     def done(self) -> int:
@@ -72,6 +97,10 @@ class TrainingRun:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
         except (ValueError, KeyError, TypeError) as error:
             raise UsageError(f"{path}: does not fit the optimizer ({one_line(error)})") from None
+        try:
+            self.loop.load_state_dict(checkpoint.get("loop", {}))
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"{path}: does not fit the run ({one_line(error)})") from None
         epochs, history = checkpoint["epoch"], dict(checkpoint["history"])
         for name in _LATER_COLUMNS:
             history.setdefault(name, [None] * epochs)
@@ -90,23 +119,28 @@ class TrainingRun:
         problem, epochs = self.problem, self.config["epochs"]
         if self.out is not None:
             make_directory(self.out)
-        steps = len(problem.train) if isinstance(problem.train, Sized) else None
-        total = None if steps is None else steps * max(epochs - self.done, 0)
+        work = self.loop.work
+        total = None if work is None else work * max(epochs - self.done, 0)
         accuracy_note = ""
-        with Progress(total, problem.name, quiet=quiet) as progress:
+        updates = 0
+        with Progress(total, problem.name, unit=self.loop.unit, quiet=quiet) as progress:
 
-            def on_step(loss: float) -> None:
+            def on_step(loss: float, amount: int) -> None:
+                nonlocal updates
                 progress.note(f"loss {loss:.3g}{accuracy_note}")
-                progress.advance()
+                progress.advance(amount)
+                updates += 1
+                if self.out is not None and self._save_every is not None and updates % self._save_every == 0:
+                    self._save(self.out)
 
             while self.done < epochs:
                 progress.label(f"epoch {self.done + 1}/{epochs}")
-                set_epoch(problem.train, self.done)
-                trained = train_epoch(problem.model, problem.loss_fn, problem.train, self.optimizer, on_step)
+                trained = self.loop.run(self.done, on_step)
                 self._check_finite(trained)
                 self._record(trained)
                 if self.out is not None:
                     self._save(self.out)
+                    write_atomically(self.out / HISTORY, to_json(self.result()) + "\n")
                 accuracy = self.history["test_accuracy"][-1]
                 accuracy_note = "" if accuracy is None else f", test accuracy {accuracy:.2%}"
         return self.result()
@@ -118,7 +152,7 @@ class TrainingRun:
         remedy = "lower --lr or raise --damping" if self.settings.damping is not None else "lower --lr"
         raise RunError(
             f"training diverged in epoch {self.done + 1} (a batch's loss is {trained.loss}) "
-            f"with lr {self.settings.lr:g}; {remedy}{kept}"
+            f"with lr {self.config['lr']:g}; {remedy}{kept}"
         )
 
     def _record(self, trained: Epoch) -> None:
@@ -131,7 +165,7 @@ class TrainingRun:
             "test_loss": test_loss,
             "test_accuracy": accuracy,
             "seconds": trained.seconds,
-            "lr": self.settings.lr,
+            "lr": trained.lr,
             "batch_size": trained.batch_size,
             "updates": _sum(before["updates"], trained.updates),
             "propagations": _sum(before["propagations"], trained.propagations),
@@ -146,21 +180,26 @@ class TrainingRun:
             "model": self.problem.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "history": self.history,
+            "loop": self.loop.state_dict(),
             "random": random_state(self.problem.train, self.problem.test),
         }
         save_checkpoint(out / CHECKPOINT, content)
-        write_atomically(out / HISTORY, to_json(self.result()) + "\n")
 
     def result(self) -> dict[str, Any]:
         """What the command prints with --json."""
+        config = self.config
+        schedule: dict[str, Any] = {"schedule": config["schedule"]}
+        if is_scheduled(config):
+            schedule |= {name: config[name] for name in SCHEDULES[config["schedule"]].options}
         return {
             "problem": self.problem.name,
             "parameters": self.problem.parameters,
-            "settings": self.settings.used() | {"batch_size": self.config["batch_size"], "seed": self.config["seed"]},
+            "settings": self.settings.used() | schedule | {name: config[name] for name in ("batch_size", "seed")},
             "epochs": self.done,
             "skipped_steps": getattr(self.optimizer, "skipped_steps", 0),
             "resumed_from_epoch": self.resumed_from,
             **self.history,
+            "log": self.loop.log,
             "checkpoint": None if self.out is None else str(self.out / CHECKPOINT),
         }
 
@@ -174,8 +213,10 @@ def _sum(column: list[int | None], more: int) -> int | None:
 def summary(result: dict[str, Any]) -> str:
     """What the command prints without --json."""
     settings = result["settings"]
+    rate = f" with lr {settings['lr']:g}" if "lr" in settings else ""
+    schedule = f", {settings['schedule']}" if settings["schedule"] != "fixed" else ""
     lines = [
-        f"{result['problem']}, {result['parameters']:,} parameters, {settings['optimizer']} with lr {settings['lr']:g}",
+        f"{result['problem']}, {result['parameters']:,} parameters, {settings['optimizer']}{rate}{schedule}",
         "epoch  train loss   test loss  test accuracy  batch   updates  seconds",
     ]
     columns = ("train_loss", "test_loss", "test_accuracy", "batch_size", "updates", "seconds")
@@ -185,8 +226,24 @@ def summary(result: dict[str, Any]) -> str:
         correct = f"{'-':>13}" if accuracy is None else f"{accuracy:13.2%}"
         counts = f"{'-' if batch is None else batch:>5}  {'-' if updates is None else updates:>8}"
         lines.append(f"{epoch:5d}  {train_loss:10.4g}  {test}  {correct}  {counts}  {seconds:7.2f}")
+    if settings["schedule"] == "adaptive-batch":
+        lines += _decisions(result["log"])
+    if result["propagations"] and result["propagations"][-1] is not None:
+        lines.append(f"{result['propagations'][-1]:,} propagations")
     if result["skipped_steps"]:
         lines.append(f"{result['skipped_steps']} steps were skipped because something in them was not finite")
     if result["checkpoint"] is not None:
         lines.append(f"checkpoint: {result['checkpoint']}")
     return "\n".join(lines)
+
+
+def _decisions(log: list[dict[str, Any]]) -> list[str]:
+    """What an adaptive schedule measured and why it changed."""
+    lines = ["epoch  eigenvalue  next batch   next lr  why"]
+    for row in log:
+        value = f"{'-':>10}" if row["eigenvalue"] is None else f"{row['eigenvalue']:10.4g}"
+        following = f"{'-':>10}  {'-':>8}"
+        if row["next_batch_size"] is not None:
+            following = f"{row['next_batch_size']:10d}  {row['next_lr']:8.3g}"
+        lines.append(f"{row['epoch'] + 1:5d}  {value}  {following}  {row['reason']}")
+    return lines

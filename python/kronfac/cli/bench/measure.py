@@ -19,10 +19,6 @@ Result = TypeVar("Result")
 MIN_ROUNDS = 7  # a median of fewer says little on a machine that does other things too
 MAX_CALLS = 100_000
 
-WARM = 0.15
-"""Seconds of unseen calls before a sample on several threads: OpenBLAS' threads (numpy, scipy) spin for about 0.1 s
-after a call, on the processor that the next side needs. A pause would leave that processor asleep, which is as slow."""
-
 
 @dataclass(frozen=True)
 class Timing:
@@ -88,7 +84,6 @@ def by_turns(
     *,
     rounds: int = MIN_ROUNDS,
     sample_seconds: float = 0.01,
-    warm: float = 0.0,
     clock: Clock = time.perf_counter,
 ) -> dict[str, Timing]:
     """Time several callables A B A B ...
@@ -100,7 +95,6 @@ def by_turns(
         sides: what to time, by name.
         rounds: samples of each side, >= 1.
         sample_seconds: least length of a sample; short calls are repeated to fill it.
-        warm: seconds of unseen calls before each sample; `WARM` where sides run several threads.
         clock: seconds, monotonic.
 
     Returns:
@@ -111,12 +105,10 @@ def by_turns(
     calls: dict[str, int] = {}
     for name, call in sides.items():
         call()
-        _warm(call, warm, clock)
         calls[name] = calls_per_sample(_sample(call, 1, clock), sample_seconds)
     samples: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, call in sides.items():
-            _warm(call, warm, clock)
             samples[name].append(_sample(call, calls[name], clock))
     return {name: Timing(tuple(samples[name]), calls[name]) for name in sides}
 
@@ -126,13 +118,6 @@ def calls_per_sample(seconds_per_call: float, sample_seconds: float) -> int:
     if seconds_per_call <= 0:  # below the resolution of the clock
         return MAX_CALLS
     return max(1, min(MAX_CALLS, math.ceil(sample_seconds / seconds_per_call)))
-
-
-def _warm(call: Callable[[], object], seconds: float, clock: Clock) -> None:
-    if seconds > 0:
-        start = clock()
-        while clock() - start < seconds:
-            call()
 
 
 def _sample(call: Callable[[], object], calls: int, clock: Clock) -> float:

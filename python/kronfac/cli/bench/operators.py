@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from kronfac.cli.bench.case import OURS, Case, Contest, verdict
-from kronfac.cli.bench.measure import MIN_ROUNDS, WARM, Timing, by_turns, peak_memory, ratio, threads
+from kronfac.cli.bench.measure import MIN_ROUNDS, Timing, by_turns, peak_memory, ratio, threads
 from kronfac.cli.bench.peak import Peak
 
 
@@ -46,8 +46,7 @@ def run_case(case: Case, thread_count: int, settings: Settings, peak: Peak | Non
             result, memory[name] = peak_memory(call)
             errors[name] = contest.error(result)
             del result
-        warm = WARM if thread_count > 1 else 0.0
-        timings = by_turns(sides, rounds=settings.rounds, sample_seconds=settings.sample_seconds, warm=warm)
+        timings = by_turns(sides, rounds=settings.rounds, sample_seconds=settings.sample_seconds)
     found = entry(case, thread_count, timings, errors, verdict(errors, contest.tolerance), peak)
     for name, extra in memory.items():
         found["sides"][name]["peak_memory"] = extra
