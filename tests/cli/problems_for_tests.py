@@ -48,9 +48,15 @@ def own_generator() -> tuple[nn.Module, Any, Loader]:
 
 
 def listed() -> tuple[nn.Module, Any, tuple[list[tuple[torch.Tensor, ...]], Loader]]:
-    """Batches in a list, so that schedules may pick examples; with dropout."""
+    """Batches in a list, so that schedules and Newton-type optimizers may pick examples; with dropout."""
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 3))
     return model, F.cross_entropy, (list(DataLoader(_data(90, 1), 40)), DataLoader(_data(40, 2), 40))
+
+
+def infinite() -> Any:
+    """A loss that is not finite."""
+    model, _, data = regression()
+    return model, lambda out, y: (out - y).square().mean() / 0.0, data
 
 
 def ragged() -> Any:

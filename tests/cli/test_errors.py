@@ -26,10 +26,7 @@ HERE = "tests.cli.problems_for_tests"
         (["train", "--momentum", "1.5"], "momentum"),
         (["train", "--epochs", "0"], "Invalid value for '--epochs'"),
         (["train", "--optimizer", "adagrad"], "--optimizer adagrad: expected kfac, ekfac, sgd, momentum, nesterov"),
-        (
-            ["train", "--optimizer", "sgd", "--damping", "1"],
-            "--damping applies to --optimizer kfac or ekfac only, not to",
-        ),
+        (["train", "--optimizer", "sgd", "--damping", "1"], "--optimizer kfac, ekfac or gauss-newton-cg only, not to"),
         (["train", "--optimizer", "sgd", "--solve", "eigen"], "--solve applies to --optimizer kfac only, not to sgd"),
         (["train", "--optimizer", "adam", "--momentum", "0"], "--momentum applies to --optimizer kfac, ekfac, sgd"),
         (["train", "--optimizer", "rmsprop", "--eps", "inf"], "--eps: expected a finite number, at least 0, got inf"),

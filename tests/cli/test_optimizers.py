@@ -70,7 +70,7 @@ def test_every_entry_builds_with_its_defaults_and_says_what_it_used() -> None:
     model = classifier()[0]
     for name, entry in OPTIMIZERS.items():
         settings = Settings(name)
-        optimizer = make_optimizer(settings, copy.deepcopy(model), seed=0)
+        optimizer = make_optimizer(settings, copy.deepcopy(model), seed=0, examples=90)
         assert isinstance(optimizer, torch.optim.Optimizer)
         assert settings.used() == {"optimizer": name, **entry.options}
 

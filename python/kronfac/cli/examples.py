@@ -1,4 +1,4 @@
-"""The training examples one by one, for what picks them itself: schedules."""
+"""The training examples one by one, for what picks them itself: schedules and Newton-type optimizers."""
 
 from __future__ import annotations
 

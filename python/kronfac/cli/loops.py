@@ -1,4 +1,4 @@
-"""How an epoch is trained: over the problem's own loader or what a schedule hands out."""
+"""How an epoch is trained: over the problem's own loader, what a schedule hands out, or by steps with a closure."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from kronfac.cli.errors import RunError, one_line
+from kronfac.cli.output import plain
 from kronfac.cli.problems import Problem, set_epoch
 from kronfac.cli.training import Epoch, current_lr, train_epoch
 
 if TYPE_CHECKING:
+    from kronfac.optim.newton import NewtonOptimizer
     from kronfac.schedules import BatchSchedule
 
 OnStep: TypeAlias = Callable[[float, int], None]
@@ -26,7 +29,7 @@ class Loop(Protocol):
     Attributes:
         unit: that work is counted in, "step" or "example".
         work: of an epoch in these units; None where that is not known.
-        log: a row per decision of a schedule; empty where there is none.
+        log: a row per decision of a schedule, or per step; empty where there are neither.
         saves_within: whether its state can be saved between two updates of an epoch, too.
     """
 
@@ -203,3 +206,76 @@ class ScheduleLoop:
         tally = Tally.load(state.get("tally"))
         self._schedule.load_state_dict(state.get("schedule", {}))
         self._tally = tally
+
+
+class ClosureLoop:
+    """Steps of an optimizer that evaluates the loss on examples of its own choice; an epoch is a number of steps.
+
+    The epoch's loss is the optimizer's estimate of the loss after its last step.
+
+    Args:
+        problem: what is trained.
+        optimizer: of its parameters, over as many examples as there are.
+        data: the training examples on the model's device, inputs and targets.
+        steps: of an epoch.
+    """
+
+    unit = "step"
+    saves_within = True
+
+    def __init__(self, problem: Problem, optimizer: NewtonOptimizer, data: tuple[Tensor, Tensor], steps: int) -> None:
+        self._problem, self._optimizer, self._data, self._steps = problem, optimizer, data, steps
+        self._tally = Tally()
+        self.log: list[dict[str, Any]] = []
+
+    @property
+    def work(self) -> int | None:
+        """Steps of an epoch."""
+        return self._steps
+
+    def run(self, epoch: int, on_step: OnStep) -> Epoch:
+        """Make the steps that are left of the epoch.
+
+        Raises:
+            RunError: a loss or derivative that is not finite; the parameters are those before that step.
+        """
+        self._problem.model.train()
+        tally, optimizer = self._tally, self._optimizer
+        while tally.updates < self._steps:
+            start = time.perf_counter()
+            before = optimizer.propagations
+            try:
+                optimizer.step(self._evaluate)
+            except ValueError as error:
+                raise RunError(f"training failed in epoch {epoch + 1}: {one_line(error)}") from None
+            record = optimizer.last_step
+            assert record is not None
+            self.log.append(plain(asdict(record)))
+            tally.loss = float(record.loss_after)
+            tally.updates += 1
+            tally.propagations += optimizer.propagations - before
+            tally.batch_size = max(tally.batch_size, record.gradient_examples)
+            tally.seconds += time.perf_counter() - start
+            on_step(tally.loss, 1)
+        self._tally = Tally()
+        return Epoch(tally.loss, tally.updates, tally.propagations, tally.batch_size, tally.seconds)
+
+    def _evaluate(self, indices: Tensor | None) -> tuple[Tensor, Any]:
+        inputs, targets = self._data if indices is None else (tensor[indices] for tensor in self._data)
+        outputs = self._problem.model(inputs)
+        return self._problem.loss_fn(outputs, targets), outputs
+
+    def state_dict(self) -> dict[str, Any]:
+        """The steps so far."""
+        return {"log": self.log, "tally": asdict(self._tally)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue, also in the middle of an epoch.
+
+        Raises:
+            ValueError: the state is not of such a loop.
+        """
+        tally, log = Tally.load(state.get("tally")), state.get("log")
+        if not isinstance(log, list) or not all(isinstance(row, dict) for row in log):
+            raise ValueError(f"log: expected a list of rows, got {type(log).__name__}")
+        self._tally, self.log = tally, list(log)

@@ -11,7 +11,7 @@ from torch import nn
 
 from kronfac.cli.errors import UsageError, one_line
 
-Build: TypeAlias = Callable[[nn.Module, dict[str, Any], int], torch.optim.Optimizer]
+Build: TypeAlias = Callable[[nn.Module, dict[str, Any], int, "int | None"], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,16 @@ class Entry:
     Attributes:
         summary: one line, for the help.
         options: the options that it takes with their defaults; all others are refused.
-        build: builds it from the model whose parameters to train, a value for every option, and a seed.
+        build: builds it from the model whose parameters to train, a value for every option, a seed, and the number of
+            examples.
+        closure: whether a step evaluates the loss on examples of its own choice, and is not one of gradients in `.grad`
+            with a learning rate.
     """
 
     summary: str
     options: Mapping[str, Any]
     build: Build
+    closure: bool = False
 
 
 def parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -35,7 +39,7 @@ def parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def _torch(name: str, **fixed: Any) -> Build:
-    def build(model: nn.Module, options: dict[str, Any], seed: int) -> torch.optim.Optimizer:
+    def build(model: nn.Module, options: dict[str, Any], seed: int, examples: int | None) -> torch.optim.Optimizer:
         if "beta1" in options:
             options["betas"] = (options.pop("beta1"), options.pop("beta2"))
         kind: type[torch.optim.Optimizer] = getattr(torch.optim, name)
@@ -45,10 +49,26 @@ def _torch(name: str, **fixed: Any) -> Build:
 
 
 def _kfac(**fixed: Any) -> Build:
-    def build(model: nn.Module, options: dict[str, Any], seed: int) -> torch.optim.Optimizer:
+    def build(model: nn.Module, options: dict[str, Any], seed: int, examples: int | None) -> torch.optim.Optimizer:
         from kronfac.optim import KFAC
 
         return KFAC(model, options.pop("lr"), **options, **fixed, seed=seed)
+
+    return build
+
+
+def _newton(name: str, **other_names: str) -> Build:
+    """Of `kronfac.optim.newton`; keyword arguments that are called otherwise there, by their name here."""
+
+    def build(model: nn.Module, options: dict[str, Any], seed: int, examples: int | None) -> torch.optim.Optimizer:
+        from kronfac.optim import newton
+
+        del options["steps_per_epoch"]
+        if options["curvature"] != "fisher":
+            del options["likelihood"]
+        arguments = {other_names.get(key, key): value for key, value in options.items()}
+        kind: Callable[..., torch.optim.Optimizer] = getattr(newton, name)
+        return kind(parameters(model), examples=examples, seed=seed, **arguments)
 
     return build
 
@@ -66,6 +86,17 @@ _EKFAC = {
     "factor_every": 1,
     "inverse_every": 10,
 }
+_NEWTON = {
+    "steps_per_epoch": 1,
+    "curvature": "hessian",
+    "likelihood": "categorical",
+    "gradient_sample": None,
+    "hessian_sample": None,
+    "ratio_sample": None,
+    "chunk_size": None,
+    "tolerance": None,
+    "max_iterations": 250,
+}
 
 OPTIMIZERS: dict[str, Entry] = {
     "kfac": Entry("K-FAC", {**_EKFAC, "solve": "inverse"}, _kfac()),
@@ -80,6 +111,27 @@ OPTIMIZERS: dict[str, Entry] = {
     ),
     "adam": Entry("Adam", _ADAM, _torch("Adam")),
     "nadam": Entry("Adam with Nesterov's momentum", {**_ADAM, "momentum_decay": 4e-3}, _torch("NAdam")),
+    "trcg": Entry(
+        "trust-region Newton-CG",
+        {**_NEWTON, "radius": 5.0, "max_radius": 20.0, "radius_rule": "xu"},
+        _newton("TRCG"),
+        closure=True,
+    ),
+    "newton-minres": Entry(
+        "Newton by MINRES",
+        {**_NEWTON, "ratio_sample": "gradient", "tolerance": 0.1},
+        _newton("NewtonMINRES", ratio_sample="line_search_sample"),
+        closure=True,
+    ),
+    "cubic-newton": Entry(
+        "Newton with cubic regularisation", {**_NEWTON, "sigma": 0.2}, _newton("CubicNewton"), closure=True
+    ),
+    "gauss-newton-cg": Entry(
+        "Hessian-free Gauss-Newton",
+        {**_NEWTON, "curvature": "ggn", "damping": 1.0},
+        _newton("GaussNewtonCG"),
+        closure=True,
+    ),
 }
 
 
@@ -112,7 +164,11 @@ class Settings:
 
     @property
     def lr(self) -> float:
-        """Learning rate."""
+        """Learning rate.
+
+        Raises:
+            KeyError: an optimizer without one.
+        """
         return float(self.options["lr"])
 
     @property
@@ -133,18 +189,21 @@ class Settings:
         return {"optimizer": self.optimizer, **plain}
 
 
-def make_optimizer(settings: Settings, model: nn.Module, seed: int) -> torch.optim.Optimizer:
+def make_optimizer(
+    settings: Settings, model: nn.Module, seed: int, examples: int | None = None
+) -> torch.optim.Optimizer:
     """Build the optimizer.
 
     Args:
         settings: what to build.
         model: whose parameters to train.
         seed: of the generators that the optimizer owns, K-FAC's target sampler for one.
+        examples: how many there are, for optimizers that choose among them.
 
     Raises:
         UsageError: a hyper-parameter that the optimizer refuses.
     """
     try:
-        return OPTIMIZERS[settings.optimizer].build(model, dict(settings.options), seed)
+        return OPTIMIZERS[settings.optimizer].build(model, dict(settings.options), seed, examples)
     except (ValueError, TypeError) as error:
         raise UsageError(one_line(error)) from None

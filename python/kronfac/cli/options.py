@@ -32,6 +32,13 @@ class Solve(str, Enum):
     EIGEN = "eigen"
 
 
+class Rule(str, Enum):
+    """Rules for the radius of a trust region."""
+
+    XU = "xu"
+    CLASSICAL = "classical"
+
+
 class Blocks(str, Enum):
     """Of which parts of the Hessian the top eigenvalue is taken."""
 

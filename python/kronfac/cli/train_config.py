@@ -12,6 +12,7 @@ from kronfac.cli.schedules import SCHEDULES, is_scheduled
 _ALWAYS = {"problem": "digits", "optimizer": "kfac", "schedule": "fixed", "epochs": 20, "batch_size": 128, "seed": 0}
 _NEW = ("schedule", "epochs")  # not in the checkpoints of earlier versions
 _EXTENDED = "epochs"  # may differ from the checkpoint's: a run can be taken further
+_SAMPLES = ("gradient_sample", "hessian_sample", "ratio_sample")
 _TABLES: dict[str, Mapping[str, Any]] = {"optimizer": OPTIMIZERS, "schedule": SCHEDULES}
 
 
@@ -72,7 +73,7 @@ def _options(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read(given: Mapping[str, Any]) -> dict[str, Any]:
     """What is typed as text and means something else."""
-    readers = {"decay_epochs": _epochs}
+    readers = {"decay_epochs": _epochs, **dict.fromkeys(_SAMPLES, _sample)}
     return {name: readers[name](name, value) if name in readers else value for name, value in given.items()}
 
 
@@ -83,6 +84,20 @@ def _epochs(name: str, text: str) -> list[int]:
         raise UsageError(f"{flag(name)} {text}: expected whole numbers with commas between, such as 10,15") from None
 
 
+def _sample(name: str, text: str) -> int | float | str | None:
+    if text == "all":
+        return None
+    if name == "ratio_sample" and text == "gradient":
+        return text
+    try:
+        return int(text) if text.lstrip("+-").isdigit() else float(text)
+    except ValueError:
+        more = " or gradient" if name == "ratio_sample" else ""
+        raise UsageError(
+            f"{flag(name)} {text}: expected a number of examples, a share such as 0.05, or all{more}"
+        ) from None
+
+
 def _check(config: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     options = _options(config)
     for name in given:
@@ -91,6 +106,8 @@ def _check(config: Mapping[str, Any], given: Mapping[str, Any]) -> None:
             if takers and name not in options:
                 among = takers[0] if len(takers) == 1 else ", ".join(takers[:-1]) + f" or {takers[-1]}"
                 raise UsageError(f"{flag(name)} applies to --{kind} {among} only, not to {config[kind]}")
+    if OPTIMIZERS[config["optimizer"]].closure:
+        _check_closure(config, given)
     if "decay" in given and not config["decay_epochs"]:
         raise UsageError("--decay is applied at the --decay-epochs; give them, too")
     if "adversarial_share" in given and config["adversarial"] is None:
@@ -99,3 +116,16 @@ def _check(config: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     for name, value in config.items():
         if isinstance(value, float) and not 0 <= value < float("inf"):
             raise UsageError(f"{flag(name)}: expected a finite number, at least 0, got {value}")
+
+
+def _check_closure(config: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    optimizer = config["optimizer"]
+    if "batch_size" in given:
+        raise UsageError(f"--batch-size does not apply to --optimizer {optimizer}, which takes --gradient-sample")
+    if is_scheduled(config):
+        raise UsageError(
+            f"--schedule sets batches and learning rates, and --optimizer {optimizer} has neither; leave "
+            f"{'--schedule' if config['schedule'] != 'fixed' else '--decay-epochs and --small-batch'} out"
+        )
+    if "likelihood" in given and config["curvature"] != "fisher":
+        raise UsageError(f"--likelihood applies with --curvature fisher only, not with {config['curvature']}")

@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeAlias
 import typer
 
 from kronfac.cli.optimizers import OPTIMIZERS
-from kronfac.cli.options import Blocks, Fisher, LikelihoodName, Solve
+from kronfac.cli.options import Blocks, Fisher, LikelihoodName, OperatorName, Rule, Solve
 from kronfac.cli.schedules import SCHEDULES
 
 CHECKPOINT = "checkpoint.pt"
@@ -60,6 +60,28 @@ Likelihood: TypeAlias = Annotated[LikelihoodName | None, _option("likelihood", "
 SolveKind: TypeAlias = Annotated[Solve | None, _option("solve", "Damped inverses or eigenbases")]
 FactorEvery: TypeAlias = Annotated[int | None, _option("factor_every", "Steps between statistics", min=1)]
 InverseEvery: TypeAlias = Annotated[int | None, _option("inverse_every", "Steps between inversions", min=1)]
+
+StepsPerEpoch: TypeAlias = Annotated[int | None, _option("steps_per_epoch", "Steps that count as an epoch", min=1)]
+Curvature: TypeAlias = Annotated[OperatorName | None, _option("curvature", "Of which the products are")]
+GradientSample: TypeAlias = Annotated[
+    str | None, _option("gradient_sample", "Examples of the gradient: a number or a share", "all", metavar="N|SHARE")
+]
+HessianSample: TypeAlias = Annotated[
+    str | None, _option("hessian_sample", "Those of the curvature", "all", metavar="N|SHARE")
+]
+RatioSample: TypeAlias = Annotated[
+    str | None,
+    _option("ratio_sample", "Those that judge a step, or the gradient's", "all", metavar="N|SHARE|gradient"),
+]
+ChunkSize: TypeAlias = Annotated[int | None, _option("chunk_size", "Most examples at once", "all", min=1)]
+Tolerance: TypeAlias = Annotated[
+    float | None, _option("tolerance", "Relative residual that ends the inner solver", "the optimizer's own rule")
+]
+MaxIterations: TypeAlias = Annotated[int | None, _option("max_iterations", "Most inner iterations", min=1)]
+Radius: TypeAlias = Annotated[float | None, _option("radius", "First radius")]
+MaxRadius: TypeAlias = Annotated[float | None, _option("max_radius", "Largest radius")]
+RadiusRule: TypeAlias = Annotated[Rule | None, _option("radius_rule", "How the radius moves")]
+Sigma: TypeAlias = Annotated[float | None, _option("sigma", "First weight of the cubic term")]
 
 ScheduleName: TypeAlias = Annotated[
     str, typer.Option(metavar="NAME", help=f"{_names(SCHEDULES)}.", rich_help_panel="Schedule")

@@ -10,7 +10,7 @@ import torch
 from kronfac.cli.checkpoint import load_parameters, random_state, restore_random_state, save_checkpoint
 from kronfac.cli.errors import RunError, UsageError, one_line
 from kronfac.cli.examples import single_examples
-from kronfac.cli.loops import LoaderLoop, Loop, ScheduleLoop
+from kronfac.cli.loops import ClosureLoop, LoaderLoop, Loop, ScheduleLoop
 from kronfac.cli.optimizers import OPTIMIZERS, Settings, make_optimizer
 from kronfac.cli.output import Progress, make_directory, to_json, write_atomically
 from kronfac.cli.problems import load_problem
@@ -72,7 +72,11 @@ class TrainingRun:
 
     def _parts(self) -> tuple[torch.optim.Optimizer, Loop]:
         """The optimizer, and what feeds it."""
-        config, problem = self.config, self.problem
+        config, problem, name = self.config, self.problem, self.config["optimizer"]
+        if OPTIMIZERS[name].closure:
+            data = single_examples(problem, f"--optimizer {name}")
+            newton: Any = make_optimizer(self.settings, problem.model, config["seed"], len(data[1]))
+            return newton, ClosureLoop(problem, newton, data, config["steps_per_epoch"])
         optimizer = make_optimizer(self.settings, problem.model, config["seed"])
         if not is_scheduled(config):
             return optimizer, LoaderLoop(problem, optimizer)
@@ -191,10 +195,12 @@ class TrainingRun:
         schedule: dict[str, Any] = {"schedule": config["schedule"]}
         if is_scheduled(config):
             schedule |= {name: config[name] for name in SCHEDULES[config["schedule"]].options}
+        if not OPTIMIZERS[config["optimizer"]].closure:
+            schedule["batch_size"] = config["batch_size"]
         return {
             "problem": self.problem.name,
             "parameters": self.problem.parameters,
-            "settings": self.settings.used() | schedule | {name: config[name] for name in ("batch_size", "seed")},
+            "settings": self.settings.used() | schedule | {"seed": config["seed"]},
             "epochs": self.done,
             "skipped_steps": getattr(self.optimizer, "skipped_steps", 0),
             "resumed_from_epoch": self.resumed_from,
