@@ -19,9 +19,9 @@ A setting counts if every pair that it returns has ‖Hv - λv‖ <= tol |λ₁|
 of this bench's own, in float64), and if the values, sorted by magnitude, are those of scipy's Lanczos on that product,
 each to tol |λ₁|: a second copy of an eigenvalue, or one missed, shows there. The peers' options are swept and the
 fastest certified setting of each peer is raced; what the sweep spent is not counted, nor that they do not know
-beforehand how many steps are enough. kronfac has its defaults, with the time it takes to find out that it is done, to
-look for further copies of repeated eigenvalues, and to measure its own residuals; the line "one copy" leaves out the
-second, which no peer does either.
+beforehand how many steps are enough. kronfac has its defaults, with the time it takes to find out that it is done and
+to bound its own residuals; the line "all copies" also looks for further copies of repeated eigenvalues, which no peer
+does, and measures the residuals.
 
 Traces are compared by products: the error of XTrace and Hutch++ over several seeds, and how many products Hutchinson's
 estimator needs for the same error (its variance per probe is measured). The traces are known: of a matrix with

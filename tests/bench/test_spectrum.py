@@ -63,7 +63,7 @@ def test_without_peers_kronfac_is_measured_alone(
     assert "PyHessian: not measured: not installed" in text
     assert "hessian-eigenthings: not measured: not installed" in text
     report = json.loads((tmp_path / "report.json").read_text())
-    assert list(report["eigenvalues"]) == ["kronfac", "kronfac, one copy"]
+    assert list(report["eigenvalues"]) == ["kronfac", "kronfac, all copies"]
     assert report["eigenvalues"]["kronfac"]["certified"]
     assert report["parameters"] == 210
     assert len(report["traces"]) == 2

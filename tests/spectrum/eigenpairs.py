@@ -36,7 +36,10 @@ def check(result: EigenResult, matrix: torch.Tensor, k: int, which: str, toleran
     slack = 1e-12 if matrix.dtype == torch.float64 else 1e-5
     torch.testing.assert_close(vectors.mT @ vectors, torch.eye(k, dtype=torch.float64), atol=slack, rtol=0.0)
     residuals = torch.linalg.vector_norm(dense @ vectors - vectors * result.values.double(), dim=0)
-    torch.testing.assert_close(residuals, result.residuals.double(), atol=slack * max(norm, 1e-300), rtol=0.0)
+    if result.measured:
+        torch.testing.assert_close(residuals, result.residuals.double(), atol=slack * max(norm, 1e-300), rtol=0.0)
+    else:
+        assert (residuals <= result.residuals.double() + slack * norm).all()
     assert result.converged.dtype == torch.bool
     assert result.converged.all()
 

@@ -74,7 +74,9 @@ def test_top_twenty(network: Trained, kind: str, which: str) -> None:
     assert result.converged.all()
     np.testing.assert_allclose(values, _wanted(spectrum, 20, which), rtol=1e-6)
     measured = torch.linalg.vector_norm(dense @ result.vectors - result.vectors * result.values, dim=0)
-    np.testing.assert_allclose(residuals, measured.numpy(), atol=_ROUND_OFF * norm)
+    if result.measured:
+        np.testing.assert_allclose(residuals, measured.numpy(), atol=_ROUND_OFF * norm)
+    assert (measured.numpy() <= residuals + _ROUND_OFF * norm).all()
     assert not unmatched(values, residuals + _ROUND_OFF * norm, spectrum)
 
 
@@ -83,7 +85,7 @@ def test_top_twenty(network: Trained, kind: str, which: str) -> None:
 def test_residuals_bound_the_error_where_it_is_not_converged(network: Trained, which: str, products: int) -> None:
     dense, spectrum = network.dense("hessian"), network.spectrum("hessian")
     norm = float(np.abs(spectrum).max())
-    result = eigsh(dense, 20, which, max_products=products, tol=1e-7)
+    result = eigsh(dense, 20, which, max_products=products, tol=1e-7, residuals="explicit")
     values, residuals = result.values.numpy(), result.residuals.numpy()
     assert result.products <= products
     assert not result.converged.all()

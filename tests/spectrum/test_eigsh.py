@@ -21,14 +21,14 @@ def test_equals_numpy(name: str, which: str) -> None:
     values = SPECTRA[name]
     matrix = with_spectrum(values)
     for k in sorted({1, min(7, len(values)), len(values) if len(values) <= 40 else 12}):
-        check(eigsh(matrix, k, which, tol=1e-7), matrix, k, which, 1e-8)
+        check(eigsh(matrix, k, which, tol=1e-7, multiplicity=True), matrix, k, which, 1e-8)
 
 
 @pytest.mark.parametrize("name", ["gaussian", "repeated", "low_rank", "network", "zero", "identity"])
 @pytest.mark.parametrize("which", ORDERS)
 def test_float32(name: str, which: str) -> None:
     matrix = with_spectrum(SPECTRA[name], dtype=torch.float32)
-    result = eigsh(matrix, min(7, len(matrix)), which)
+    result = eigsh(matrix, min(7, len(matrix)), which, multiplicity=True)
     assert result.values.dtype == torch.float32
     check(result, matrix, min(7, len(matrix)), which, 3e-6)
 
@@ -49,7 +49,8 @@ def test_any_multiplicities_and_storage(
     matrix = with_spectrum(values, seed)
     k = max(1, round(share * size))
     basis_size = None if basis is None else min(size, k + 3) + basis
-    result = eigsh(matrix, k, which, tol=1e-7, basis_size=basis_size, max_products=20_000, seed=seed)
+    options: dict[str, Any] = {"basis_size": basis_size, "max_products": 20_000, "multiplicity": True}
+    result = eigsh(matrix, k, which, tol=1e-7, seed=seed, **options)
     # Beyond 1 % of the spectrum's width no eigenvalue may be missed; within, a neighbour may stand in.
     exact = wanted(np.linalg.eigvalsh(matrix.numpy()), k, which)
     width = float(values.max() - values.min())
@@ -63,10 +64,20 @@ def test_any_multiplicities_and_storage(
 def test_finds_every_copy_of_a_top_eigenvalue() -> None:
     values = np.concatenate([[10.0] * 6, np.linspace(0, 5, 200)])
     matrix = with_spectrum(values)
-    np.testing.assert_allclose(eigsh(matrix, 8).values.numpy(), [10.0] * 6 + [5.0, values[-2]], atol=1e-7)
-    single = eigsh(matrix, 2, multiplicity=False)
-    assert single.values[0] == pytest.approx(10.0)
-    assert single.products < eigsh(matrix, 2).products
+    found = eigsh(matrix, 8, multiplicity=True)
+    np.testing.assert_allclose(found.values.numpy(), [10.0] * 6 + [5.0, values[-2]], atol=1e-7)
+    single = eigsh(matrix, 2)
+    assert float(single.values[0]) == pytest.approx(10.0)
+    assert single.converged.all()
+    assert single.products < eigsh(matrix, 2, multiplicity=True).products
+
+
+def test_finds_every_copy_of_the_smallest_without_being_asked() -> None:
+    matrix = with_spectrum(np.concatenate([np.zeros(5), np.linspace(1, 2, 100)]))
+    np.testing.assert_allclose(eigsh(matrix, 6, "smallest").values.numpy(), [0.0] * 5 + [1.0], atol=1e-5)
+    np.testing.assert_allclose(eigsh(-matrix, 6, "both").values[:3].numpy(), [0.0] * 3, atol=1e-5)
+    without = eigsh(matrix, 6, "smallest", multiplicity=False)
+    assert without.products < eigsh(matrix, 6, "smallest").products
 
 
 def test_restarts_with_little_storage() -> None:
@@ -110,7 +121,7 @@ def test_many_parameters_in_float32() -> None:
         def __matmul__(self, vectors: torch.Tensor) -> torch.Tensor:
             return vectors * (diagonal if vectors.ndim == 1 else diagonal[:, None])
 
-    result = eigsh(Diagonal(), 4)
+    result = eigsh(Diagonal(), 4, multiplicity=True)
     np.testing.assert_allclose(result.values.numpy(), [90.0, 90.0, 40.0, -22.0], rtol=2e-6)
     assert result.converged.all()
 
@@ -125,7 +136,7 @@ def test_products_are_counted_and_reported() -> None:
 
 def test_budget() -> None:
     operator = Counted(with_spectrum(np.linspace(0, 1, 300)))
-    result = eigsh(operator, 5, max_products=20, tol=1e-7)
+    result = eigsh(operator, 5, max_products=20, tol=1e-7, residuals="explicit")
     assert operator.products == result.products == 20
     assert not result.converged.all()
     assert float(result.residuals.max()) > 1e-7
@@ -138,12 +149,12 @@ def test_budget() -> None:
 def test_same_seed_same_result() -> None:
     matrix = with_spectrum(SPECTRA["repeated"])
     torch.manual_seed(1)
-    first = eigsh(matrix, 4, seed=5)
+    first = eigsh(matrix, 4, seed=5, multiplicity=True)
     torch.manual_seed(2)
     state = torch.get_rng_state()
-    second = eigsh(matrix, 4, seed=5)
+    second = eigsh(matrix, 4, seed=5, multiplicity=True)
     assert torch.equal(torch.get_rng_state(), state)
-    other = eigsh(matrix, 4, seed=6)
+    other = eigsh(matrix, 4, seed=6, multiplicity=True)
     assert torch.equal(first.values, second.values)
     assert torch.equal(first.vectors, second.vectors)
     assert not torch.equal(first.vectors, other.vectors)
@@ -162,6 +173,7 @@ def test_refusals() -> None:
         ({"tol": "1"}, TypeError, "tol: expected a number"),
         ({"k": 2, "max_products": 3}, ValueError, "max_products: expected at least 4, got 3"),
         ({"basis_size": 2}, ValueError, "basis_size: expected at least 4, got 2"),
+        ({"residuals": "none"}, ValueError, "residuals: expected one of 'recurrence', 'explicit', got 'none'"),
         ({"seed": -1}, ValueError, "seed: expected an integer"),
     ]
     for options, error, match in cases:

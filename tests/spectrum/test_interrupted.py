@@ -47,7 +47,7 @@ def at(products: int, times: int = 1) -> Callable[[int, int | None], None]:
 @pytest.mark.parametrize("products", [1, 12, 30])
 def test_eigenpairs(method: str, products: int) -> None:
     operator = Counted(with_spectrum(_NETWORK))
-    result = eigsh(operator, 5, method=method, tol=1e-8, progress=at(products))
+    result = eigsh(operator, 5, method=method, tol=1e-8, multiplicity=True, progress=at(products))
     assert result.interrupted
     assert result.ended == "interrupted"
     assert operator.products == result.products <= products + 12  # no more than the call that was under way
@@ -170,7 +170,7 @@ def test_the_first_signal_within_a_product_does_not_break_it(use: Callable[[Any]
 @pytest.mark.parametrize(
     "use",
     [
-        *(lambda operator, m=method: eigsh(operator, 9, method=m) for method in METHODS),  # type: ignore[misc]
+        *(lambda operator, m=method: eigsh(operator, 9, method=m, multiplicity=True) for method in METHODS),  # type: ignore[misc]
         *(lambda operator, m=method: trace(operator, m, probes=60) for method in TRACE_METHODS),  # type: ignore[misc]
         *(lambda operator, m=method: diagonal(operator, m, probes=60) for method in DIAGONAL_METHODS),  # type: ignore[misc]
     ],

@@ -59,7 +59,8 @@ def test_eigsh(kind: str, size: int, k: int, which: str, room: int, decade: int,
     values = scale * _spectrum(kind, size, np.random.default_rng(seed))
     matrix = with_spectrum(values, seed)
     k, norm, width = min(k, size), float(np.abs(values).max()), float(values.max() - values.min())
-    result = eigsh(matrix, k, which, tol=1e-9, basis_size=min(size, k + room), max_products=20_000, seed=seed)
+    options: dict[str, Any] = {"basis_size": min(size, k + room), "max_products": 20_000, "multiplicity": True}
+    result = eigsh(matrix, k, which, tol=1e-9, seed=seed, **options)
     exact = np.linalg.eigvalsh(matrix.numpy())
     assert result.converged.all()
     found, expected = result.values.numpy(), _wanted(exact, k, which)

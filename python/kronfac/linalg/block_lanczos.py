@@ -67,6 +67,10 @@ class BlockKrylovSubspace(Subspace):
         coupling: Float64Array = self._coupling @ coordinates
         return coupling
 
+    def directions(self) -> Tensor | None:
+        """The rows W."""
+        return self._next if len(self._coupling) else None
+
     def restart(self, values: Float64Array, coordinates: Float64Array) -> None:
         """Keep only the given Ritz pairs and the directions to grow in."""
         super().restart(values, coordinates)

@@ -67,6 +67,10 @@ class KrylovSubspace(Subspace):
         """β s_last for each column s."""
         return self.beta * coordinates[-1:]
 
+    def directions(self) -> Tensor | None:
+        """w as a row."""
+        return None if self._next is None else self._next[None]
+
     def restart(self, values: Float64Array, coordinates: Float64Array) -> None:
         """Keep only the given Ritz pairs and the direction to grow in."""
         super().restart(values, coordinates)

@@ -80,6 +80,10 @@ class Subspace(ABC):
         """C s for each column s, where A Vᵀ = Vᵀ T + Wᵀ C with the orthonormal rows W to grow by."""
 
     @abstractmethod
+    def directions(self) -> Tensor | None:
+        """W, as rows in the order of `coupling`; None where C is zero."""
+
+    @abstractmethod
     def forget_direction(self) -> None:
         """Grow next in fresh random directions."""
 
@@ -89,6 +93,11 @@ class Subspace(ABC):
         self.norm = max(self.norm, float(np.abs(values).max()))
         residuals: Float64Array = np.linalg.norm(self.coupling(coordinates), axis=0)
         return values, coordinates, residuals
+
+    @property
+    def forgetful(self) -> bool:
+        """Whether `start_afresh` left something out of the residuals."""
+        return len(self._dropped) > 0
 
     def forgotten(self, coordinates: Float64Array) -> Float64Array:
         """What `start_afresh` left out of the residual norms, at most, for each column of `coordinates`."""

@@ -19,7 +19,7 @@ class Budget:
 
     Attributes:
         limit: products to spend in all.
-        reserved: of these kept for the residuals at the end.
+        reserved: of these kept for the end: the residuals, or a check of what is known of them.
         stop: a KeyboardInterrupt.
         report: called with the products spent so far, or None.
         spent: products so far.
@@ -38,6 +38,10 @@ class Budget:
             KeyboardInterrupt: the user asked to stop before there was anything to return.
         """
         return not self.stop.stops(self.spent) and self.spent + products <= self.limit - self.reserved
+
+    def affords(self, products: int) -> bool:
+        """Whether so many more may be spent, also of those reserved."""
+        return not self.stop.requested and self.spent + products <= self.limit
 
     def broken(self) -> None:
         """Note that a Ctrl-C broke the product under way.

@@ -6,11 +6,13 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from kronfac.linalg.subspace import Float64Array, Subspace
+from kronfac.linalg.subspace import Float64Array, Subspace, norm
 from kronfac.linalg.trace import StoppedError
 from kronfac.spectrum._budget import Budget
-from kronfac.spectrum._certificate import certified, uncertified
+from kronfac.spectrum._certificate import CHECKS, bounded, certified, error_bound, random_frame
 from kronfac.spectrum._wanted import Indices, Wanted
 from kronfac.spectrum.results import EigenResult
 
@@ -32,21 +34,29 @@ class _Ritz:
     order: Indices
 
 
+def checks_of(count: int) -> int:
+    """Products that certify so many pairs where the recurrence is exact enough."""
+    return CHECKS if count >= CHECKS + 2 else count
+
+
 class LanczosSearch:
     """The state of one call: a Krylov subspace, what is wanted of it, and what may be spent."""
 
-    def __init__(self, subspace: Subspace, wanted: Wanted, tol: float, budget: Budget, *, starts: int) -> None:
+    def __init__(
+        self, subspace: Subspace, wanted: Wanted, tol: float, budget: Budget, *, starts: int, explicit: bool
+    ) -> None:
         self.subspace = subspace
         self.wanted = wanted
         # Tighter than the unit round-off cannot be met by any product.
         self.tol = max(tol, subspace.operator.epsilon)
         self.budget = budget
         self.starts = starts
+        self.explicit = explicit
         self._finished = False
         self._checked = 0  # size of the subspace when its Ritz pairs were last computed
 
     def run(self, *, multiplicity: bool) -> EigenResult:
-        """Find the pairs, search for further copies, and measure the residuals."""
+        """Find the pairs, search for further copies, and certify the residuals."""
         self._find(multiplicity=multiplicity)
         while multiplicity and self._finished and not self._starts_suffice(self._ritz()) and self._look_for_copies():
             pass
@@ -109,14 +119,54 @@ class LanczosSearch:
     def _result(self) -> EigenResult:
         ritz = self._ritz()
         chosen = ritz.order[: self.wanted.k]
-        columns = self.subspace.vectors(ritz.coordinates[:, chosen]).mT
+        pairs = _Ritz(ritz.values[chosen], ritz.coordinates[:, chosen], ritz.residuals[chosen], np.arange(len(chosen)))
+        columns = self.subspace.vectors(pairs.coordinates).mT
+        if not (self.explicit or checks_of(len(chosen)) == len(chosen) or self.subspace.forgetful):
+            return self._checked_result(pairs, columns)
         images = self.budget.images(self.subspace.operator, columns)
+        return self._broken_result(pairs, columns) if images is None else self._measured_result(columns, images)
+
+    def _checked_result(self, pairs: _Ritz, columns: Tensor) -> EigenResult:
+        """With bounds on the residuals, unless these are too large although the recurrence says converged."""
+        operator, count = self.subspace.operator, len(pairs.values)
+        frame = torch.from_numpy(random_frame(count, self.subspace.generator)).to(columns)
+        images = self.budget.images(operator, columns @ frame[:, :CHECKS])
         if images is None:
-            floor = _ROUND_OFF * self.subspace.operator.epsilon * self.subspace.norm
-            residuals = ritz.residuals[chosen] + self.subspace.forgotten(ritz.coordinates[:, chosen]) + floor
-            return uncertified(columns, ritz.values[chosen], residuals, self.wanted, self._threshold, self.budget.spent)
+            return self._broken_result(pairs, columns)
+        bounds = pairs.residuals + error_bound(self._unexplained(images, columns, pairs, frame[:, :CHECKS]), count)
+        met = bool((bounds <= self._threshold).all())
+        if self._finished and not met and self.budget.affords(count - CHECKS):
+            # The frame is orthogonal: its other columns complete the images.
+            rest = self.budget.images(operator, columns @ frame[:, CHECKS:])
+            if rest is not None:
+                return self._measured_result(columns, torch.cat([images, rest], dim=1) @ frame.mT)
+        ended = self.budget.ended(finished=self._finished and met)
+        return bounded(columns, pairs.values, bounds, self.wanted, self._threshold, self.budget.spent, ended)
+
+    def _measured_result(self, columns: Tensor, images: Tensor) -> EigenResult:
         ended = self.budget.ended(finished=self._finished)
         return certified(columns, images, self.wanted, self._threshold, self.budget.spent, ended)
+
+    def _broken_result(self, pairs: _Ritz, columns: Tensor) -> EigenResult:
+        """Of an interrupted search, which spends no more products."""
+        floor = _ROUND_OFF * self.subspace.operator.epsilon * self.subspace.norm
+        bounds = pairs.residuals + self.subspace.forgotten(pairs.coordinates) + floor
+        return bounded(columns, pairs.values, bounds, self.wanted, self._threshold, self.budget.spent, "interrupted")
+
+    def _unexplained(self, images: Tensor, columns: Tensor, pairs: _Ritz, frame: Tensor) -> float:
+        """‖EQ‖ of E = A X - X Θ - Wᵀ C S: what the recurrence does not know of the residuals of the pairs (Θ, X).
+
+        Args:
+            images: A X Q.
+            columns: X.
+            pairs: Θ, and S, the coordinates of X in the basis.
+            frame: Q.
+        """
+        left = images - columns @ (torch.from_numpy(pairs.values).to(columns)[:, None] * frame)
+        directions = self.subspace.directions()
+        if directions is not None:
+            left -= directions.mT @ (torch.from_numpy(self.subspace.coupling(pairs.coordinates)).to(columns) @ frame)
+        return norm(left)
 
     def _ritz(self) -> _Ritz:
         self._checked = self.subspace.size
@@ -126,11 +176,11 @@ class LanczosSearch:
     def _ritz_if_due(self) -> _Ritz | None:
         """Small projections are solved at every step, larger ones now and then: the cost is cubic in their size."""
         size = self.subspace.size
-        due = size >= self.wanted.k and size >= self._checked + 1 + size // 40
+        due = size >= self.wanted.k and size >= self._checked + 1 + size // 80
         return self._ritz() if self.subspace.full or due else None
 
     def _wanted_converged(self, ritz: _Ritz) -> bool:
-        # Half the tolerance, since the measured residual adds round-off to the one that the recurrence predicts.
+        # Half the tolerance, since round-off adds to the residual that the recurrence predicts.
         chosen = ritz.order[: self.wanted.k]
         return len(chosen) == self.wanted.k and bool((ritz.residuals[chosen] <= 0.5 * self._threshold).all())
 

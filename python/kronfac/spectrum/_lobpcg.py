@@ -21,7 +21,7 @@ from kronfac.linalg.symmetric import CheckedOperator
 from kronfac.linalg.trace import StoppedError
 from kronfac.ops import orthogonalize_
 from kronfac.spectrum._budget import Budget
-from kronfac.spectrum._certificate import certified, inner_products, uncertified
+from kronfac.spectrum._certificate import bounded, certified, inner_products
 from kronfac.spectrum._wanted import Indices, Wanted
 from kronfac.spectrum.results import EigenResult
 
@@ -82,9 +82,8 @@ class LobpcgSearch:
             if images is None:
                 floor = _ROUND_OFF * (1 + self.steps) * self.operator.epsilon * self.norm
                 residuals = self._residuals()[1][chosen] + floor
-                return uncertified(
-                    columns, self.values[chosen], residuals, self.wanted, self._threshold, self.budget.spent
-                )
+                found, spent = self.values[chosen], self.budget.spent
+                return bounded(columns, found, residuals, self.wanted, self._threshold, spent, "interrupted")
             result = certified(
                 columns, images, self.wanted, self._threshold, self.budget.spent, self.budget.ended(finished=finished)
             )

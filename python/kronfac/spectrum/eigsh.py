@@ -15,7 +15,7 @@ from kronfac.linalg.symmetric import CheckedOperator, SymmetricOperator, check_o
 from kronfac.spectrum._budget import Budget
 from kronfac.spectrum._guard import guarded
 from kronfac.spectrum._interrupt import interruptible
-from kronfac.spectrum._lanczos import LanczosSearch
+from kronfac.spectrum._lanczos import LanczosSearch, checks_of
 from kronfac.spectrum._lobpcg import LobpcgSearch
 from kronfac.spectrum._options import BASIS_BYTES, SKETCH_BYTES, Progress, check_choice, check_count, check_positive
 from kronfac.spectrum._power import PowerSearch
@@ -25,6 +25,7 @@ from kronfac.spectrum._wanted import ORDERS, Wanted
 from kronfac.spectrum.results import EigenResult
 
 METHODS = ("lanczos", "block_lanczos", "lobpcg", "power")
+RESIDUALS = ("recurrence", "explicit")
 
 _CALLER = "kronfac.spectrum.eigsh"
 _BLOCK = 4  # start vectors of block Lanczos
@@ -41,20 +42,22 @@ def eigsh(
     basis_size: int | None = None,
     block_size: int | None = None,
     preconditioner: SymmetricOperator | Callable[[Tensor], Tensor] | None = None,
-    multiplicity: bool = True,
+    multiplicity: bool | None = None,
+    residuals: str = "recurrence",
     seed: int = 0,
     progress: Progress | bool | None = None,
 ) -> EigenResult:
     """Find k extreme eigenpairs of a symmetric operator, each with the residual that certifies it.
 
     "lanczos" has two-pass full reorthogonalisation, hence no spurious copies, and thick restart when storage is full
-    (Wu & Simon 2000). A single Krylov sequence sees one copy only of a repeated eigenvalue, so the search then goes on
-    from fresh random directions orthogonal to what was found, until none is likely to be missing (bound of Kuczyński &
-    Woźniakowski 1992). At the end the k vectors are multiplied once more and their residuals measured.
+    (Wu & Simon 2000). A single Krylov sequence sees one copy only of a repeated eigenvalue, and further ones as far as
+    round-off brings them in: without `multiplicity` some may be left out, and what comes next stands in their place.
+    With it the search goes on from fresh random directions orthogonal to what was found, until none is likely to be
+    missing (bound of Kuczyński & Woźniakowski 1992).
 
     "block_lanczos" grows from several start vectors (Golub & Underwood 1977): their products share a pass over the
-    data, and eigenvalues of fewer copies than there are start vectors need no further search. It takes more products
-    in fewer passes.
+    data, and as many copies of an eigenvalue are found as there are start vectors. It takes more products in fewer
+    passes.
 
     "lobpcg" (Knyazev 2001, on an orthonormal basis as in Hetmaniuk & Lehoucq 2006) improves a block of vectors by their
     residuals and last steps. It is the one that a preconditioner speeds up, stores the least of those that find several
@@ -72,7 +75,7 @@ def eigsh(
             the order of the residual squared over the gap. Below about 1e-6 it asks for more than float32 products can
             give.
         max_products: the most products to spend, at least 2k, and a little more where blocks ask for it (default
-            max(1000, 20k)); the last k measure residuals.
+            max(1000, 20k)); the last ones certify the residuals.
         basis_size: vectors that the Lanczos methods store before a restart, at least min(n, k + 3), of blocks
             min(n, k + 2 block_size + 2). Default: up to max(200, 4k) as long as they take less than 1 GiB, but never
             fewer than max(2k, k + 20), of blocks k + 5 block_size.
@@ -81,8 +84,17 @@ def eigsh(
         preconditioner: for "lobpcg" at one algebraic end, an operator (n, n) or a function of columns (n, j). For
             "smallest" it stands for the inverse of A, for example that of K-FAC; for "largest" for the inverse of
             σI - A with a σ above the spectrum.
-        multiplicity: of the Lanczos methods: search for further copies of repeated eigenvalues; False saves some tens
-            of products and accepts one copy of each, with blocks `block_size` copies. The others find them anyway.
+        multiplicity: of the Lanczos methods: search for all copies of repeated eigenvalues, for some tens of products
+            more. False is sure of one copy of each only, of blocks `block_size` copies. Default: for "smallest" and
+            "both", since singular matrices have many zeros there; not for "magnitude" and "largest", where Hessians of
+            networks have none in general (but symmetric models and equal blocks do). The other methods find them
+            anyway.
+        residuals: of the Lanczos methods: "recurrence" bounds each residual by what Lanczos knows of it, |β s| with s
+            the last coordinate of the Ritz vector, plus a bound on the round-off in that: three products with random
+            combinations of the k vectors measure it, and a larger one than the bound has a probability below 1 %. Where
+            these bounds do not meet the tolerance k - 3 further products measure the residuals. "explicit" always
+            multiplies each vector once more, as happens anyway for k <= 4, after a search for further copies and in the
+            other methods.
         seed: of the start vectors; equal seeds give equal results.
         progress: called as progress(products, None) after each call of op @ V; True for a progress bar.
 
@@ -105,6 +117,7 @@ def eigsh(
     method = check_choice(method, "method", _CALLER, METHODS)
     tol = check_positive(tol, "tol", _CALLER)
     generator = make_generator(seed, _CALLER)
+    explicit = check_choice(residuals, "residuals", _CALLER, RESIDUALS) == "explicit"
     block = _check_block(block_size, method, operator, k)
     _check_combination(method, which, basis_size, preconditioner)
     # The residuals take k products, and the first k vectors as many, or whole blocks.
@@ -112,7 +125,9 @@ def eigsh(
     limit = max(1000, 20 * k) if max_products is None else max_products
     limit = check_count(limit, "max_products", _CALLER, least=least)
     with interruptible() as stop, shown(progress, _CALLER) as report:
-        budget, operator = Budget(limit, k, stop, report), guarded(operator, stop)
+        copies = which in ("smallest", "both") if multiplicity is None else multiplicity
+        reserved = k if explicit or copies or method not in ("lanczos", "block_lanczos") else checks_of(k)
+        budget, operator = Budget(limit, reserved, stop, report), guarded(operator, stop)
         if method == "power":
             return PowerSearch(operator, wanted, tol, budget, generator).run()
         if method == "lobpcg":
@@ -124,7 +139,8 @@ def eigsh(
             subspace = KrylovSubspace(operator, capacity, generator)
         else:
             subspace = BlockKrylovSubspace(operator, capacity, block, generator)
-        return LanczosSearch(subspace, wanted, tol, budget, starts=block).run(multiplicity=multiplicity)
+        search = LanczosSearch(subspace, wanted, tol, budget, starts=block, explicit=explicit)
+        return search.run(multiplicity=copies)
 
 
 def _check_block(block_size: int | None, method: str, operator: CheckedOperator, k: int) -> int:

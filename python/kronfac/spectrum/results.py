@@ -29,12 +29,15 @@ class EigenResult:
         values: eigenvalues (k,), in the order that was asked for. Fewer than k where the search ended before it had as
             many.
         vectors: unit eigenvectors as columns (n, k).
-        residuals: measured norms ‖Av - λv‖ (k,). An exact eigenvalue lies within the residual of each value. An
-            interrupted search spends no more products: of that, bounds that its last step gives.
+        residuals: norms ‖Av - λv‖ (k,), or bounds on them: `measured` says which. An exact eigenvalue lies within the
+            residual of each value.
         converged: whether each residual met the tolerance, bool (k,).
         products: products with single vectors that were spent, those for the residuals included.
         ended: why the search did: "finished", "limit" or "interrupted". Where it did not finish, converged pairs are
             eigenpairs all the same, but others that are wanted more may not have been seen yet.
+        measured: whether each vector was multiplied once more for its residual. Otherwise residuals are bounds: what
+            the recurrence says, plus a bound on its round-off (from few products, see `residuals` of `eigsh`; of an
+            interrupted search, which spends no more products, a multiple of the unit round-off).
     """
 
     values: Tensor
@@ -43,6 +46,7 @@ class EigenResult:
     converged: Tensor
     products: int
     ended: Ended = "finished"
+    measured: bool = True
 
     @property
     def interrupted(self) -> bool:
@@ -52,7 +56,7 @@ class EigenResult:
     @property
     def status(self) -> list[PairStatus]:
         """Of each pair: "converged", or why not: "limit", "interrupted", or "stagnated" where round-off keeps the
-        measured residual above a tolerance that the method took for met.
+        residual above a tolerance that the method took for met.
         """
         otherwise: PairStatus = "stagnated" if self.ended == "finished" else self.ended
         return ["converged" if met else otherwise for met in self.converged.tolist()]

@@ -27,7 +27,7 @@ class TrainingSpectrumResult:
         losses: (c,), float64.
         gradient_norms: Euclidean norms of the loss's gradient (c,), float64.
         values: the eigenvalues (c, k), float64, in the order that was asked for.
-        residuals: measured norms ‖Hv - λv‖ (c, k): an exact eigenvalue lies within that of each value.
+        residuals: norms ‖Hv - λv‖ (c, k), or bounds on them: an exact eigenvalue lies within that of each value.
         converged: whether each residual met the tolerance, bool (c, k).
         traces: estimates of the trace (c,), float64; None unless asked for.
         trace_stderrs: their standard errors.
