@@ -272,3 +272,20 @@ def test_vectors(model: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
     for vector, error, match in cases:
         with unchanged(model), pytest.raises(error, match=match):
             operator @ vector
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_sparse_gradients(make: Any) -> None:
+    torch.manual_seed(0)
+    data = torch.randint(0, 5, (6, 3)), torch.randint(0, 2, (6,))
+    words = nn.Embedding(5, 2, sparse=True)
+    model = nn.Sequential(words, nn.Flatten(), nn.Linear(6, 2))
+    with pytest.raises(
+        ValueError, match=r"model: 0 is an Embedding\(sparse=True\), .* set its attribute sparse = False"
+    ):
+        make(model, functional.cross_entropy, data)
+    without = make(model, functional.cross_entropy, data, ["2"])
+    words.sparse = False
+    whole = make(model, functional.cross_entropy, data)
+    torch.testing.assert_close(whole.blocks()["2"].to_dense(), without.to_dense())
+    assert whole.shape[0] == 10 + without.shape[0]

@@ -25,6 +25,7 @@ from kronfac.operators.isolation import (
     evaluation_mode,
     preserved_streams,
     refuse_batch_statistics,
+    refuse_sparse_gradients,
     refuse_synchronised_statistics,
 )
 from kronfac.operators.memory import Usage, measure
@@ -66,6 +67,7 @@ class Engine(ABC):
         self._options = options
         self._reduction = options.reduction
         self.chosen, layout = select_parameters(self.model, params, caller)
+        refuse_sparse_gradients(self.model, self.chosen.values(), caller)
         self._program = Program(self.model, loss_fn, caller, options.dtype)
         wide = any(self._program.compute_type(parameter) == torch.float64 for parameter in self.chosen.values())
         self.layout = replace(layout, dtype=torch.float64 if wide else torch.float32)

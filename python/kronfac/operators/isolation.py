@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -185,4 +185,20 @@ def refuse_synchronised_statistics(model: nn.Module, caller: str) -> None:
             raise ValueError(
                 f'{caller}: batch_norm: "batch" cannot be had of {name or "the model"}, a SyncBatchNorm, whose '
                 'statistics over all processes have no second derivative; use batch_norm="running"'
+            )
+
+
+def refuse_sparse_gradients(model: nn.Module, chosen: Iterable[Tensor], caller: str) -> None:
+    """Refuse an embedding with sparse gradients for a chosen parameter: they have no second derivative.
+
+    Raises:
+        ValueError: there is such a layer.
+    """
+    wanted = {id(parameter) for parameter in chosen}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and module.sparse and id(module.weight) in wanted:
+            raise ValueError(
+                f"{caller}: model: {name or 'the model'} is an Embedding(sparse=True), whose sparse gradient "
+                "cannot be differentiated again; set its attribute sparse = False (the values are the same), or leave "
+                "its weight out with params="
             )
