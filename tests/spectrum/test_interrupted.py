@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from kronfac.operators import ggn
-from kronfac.spectrum import block_traces, diagonal, eigsh, trace
+from kronfac.operators.mean_loss import MeanLoss
+from kronfac.spectrum import block_densities, block_traces, density, diagonal, eigsh, landscape, trace
 from kronfac.spectrum.diagonal import METHODS as DIAGONAL_METHODS
 from kronfac.spectrum.eigsh import METHODS
 from kronfac.spectrum.trace import METHODS as TRACE_METHODS
@@ -248,3 +249,86 @@ def test_uninterrupted_work_says_so() -> None:
     assert not eigsh(matrix, 2).interrupted
     assert not diagonal(matrix, probes=4).interrupted
     assert not any(trace(matrix, method, probes=8).interrupted for method in TRACE_METHODS)
+
+
+def _breaking(matrix: torch.Tensor, products: int) -> Counted:
+    """A matrix whose product is broken by a Ctrl-C once so many were done."""
+
+    class Breaking(Counted):
+        def __matmul__(self, vectors: torch.Tensor) -> torch.Tensor:
+            if self.products >= products:
+                signal.raise_signal(signal.SIGINT)
+                raise RuntimeError("DataLoader worker exited unexpectedly")
+            return super().__matmul__(vectors)
+
+    return Breaking(matrix)
+
+
+def test_a_density_that_it_breaks() -> None:
+    matrix = with_spectrum(_NETWORK)
+    result = density(_breaking(matrix, 24), probes=3, steps=20)
+    assert result.interrupted
+    assert result.products == 24
+    same = density(matrix, probes=3, steps=8)
+    assert torch.equal(result.nodes, same.nodes)
+    assert torch.equal(result.weights, same.weights)
+    assert result.trace == same.trace
+    # in the products of the checks: those done before are left
+    result = density(_breaking(matrix, 3 * 8 + 8), probes=3, steps=8, checks=20)
+    assert result.interrupted
+    assert result.products == 32
+    assert torch.equal(result.nodes, same.nodes)
+    assert result.checks is not None
+    assert result.checks.products == 8
+    assert density(_breaking(matrix, 3 * 8), probes=3, steps=8, checks=20).checks is None
+    with pytest.raises(KeyboardInterrupt):
+        density(_breaking(matrix, 0), probes=3, steps=8)
+
+
+@pytest.mark.parametrize("calls", [0, 6, 9])
+def test_densities_of_blocks_that_it_breaks(calls: int) -> None:
+    case = make_case("mlp", torch.float64)
+    operator = ggn(case.model, case.loss_fn, (case.inputs, case.targets))
+    engine, multiply, done = operator._engine, operator._engine.multiply, [0]
+
+    def breaking(*args: Any) -> torch.Tensor:
+        if done[0] == calls:
+            signal.raise_signal(signal.SIGINT)
+            raise RuntimeError("DataLoader worker exited unexpectedly")
+        done[0] += 1
+        return multiply(*args)
+
+    engine.multiply = breaking  # type: ignore[method-assign]
+    if calls == 0:
+        with pytest.raises(KeyboardInterrupt):
+            block_densities(operator, probes=2, steps=6)
+        return
+    result = block_densities(operator, probes=2, steps=6)
+    assert result.interrupted
+    assert result.products == 2 * calls
+    assert [result[name].interrupted for name in result] == ([False] if calls == 6 else [False, True])
+
+
+@pytest.mark.parametrize("calls", [0, 1, 4])
+def test_a_landscape_that_it_breaks(calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case("mlp", torch.float64)
+    data, row = (case.inputs, case.targets), torch.ones(sum(p.numel() for p in case.model.parameters()))
+    whole = landscape(case.model, case.loss_fn, data, row.double(), points=7, curvature=False)
+    value, done = MeanLoss.value, [0]
+
+    def breaking(self: MeanLoss, offset: torch.Tensor | None = None) -> float:
+        if done[0] == calls:
+            signal.raise_signal(signal.SIGINT)
+            raise RuntimeError("DataLoader worker exited unexpectedly")
+        done[0] += 1
+        return value(self, offset)
+
+    monkeypatch.setattr(MeanLoss, "value", breaking)
+    if calls == 0:
+        with pytest.raises(KeyboardInterrupt):
+            landscape(case.model, case.loss_fn, data, row.double(), points=7, curvature=False)
+        return
+    part = landscape(case.model, case.loss_fn, data, row.double(), points=7, curvature=False)
+    assert part.interrupted
+    assert int(part.evaluated.sum()) == part.evaluations == calls
+    torch.testing.assert_close(part.losses["loss"][part.evaluated], whole.losses["loss"][part.evaluated])

@@ -18,6 +18,7 @@ from kronfac.linalg.subspace import BREAKDOWN, Subspace
 from kronfac.linalg.subspace import Float64Array as Float64Array
 from kronfac.linalg.subspace import norm as norm
 from kronfac.linalg.symmetric import CheckedOperator
+from kronfac.linalg.trace import StoppedError
 from kronfac.ops import orthogonalize_
 
 
@@ -68,7 +69,7 @@ class KrylovSubspace(Subspace):
         return self.beta * coordinates[-1:]
 
     def directions(self) -> Tensor | None:
-        """w as a row."""
+        """The direction w as a row."""
         return None if self._next is None else self._next[None]
 
     def restart(self, values: Float64Array, coordinates: Float64Array) -> None:
@@ -156,7 +157,8 @@ def lanczos_quadratures(
         starts: start vectors as columns (n, g), of any non-zero length.
         steps: m, at most n; a start whose Krylov space is exhausted earlier stops there (its quadrature is then exact).
         report: called with the products spent so far after each step.
-        stop: asked after each step whether to end with those taken so far.
+        stop: asked after each step whether to end with those taken so far. So does a product that raises
+            `StoppedError`; there are no quadratures where it was the first.
 
     Returns:
         One quadrature per start, from the eigenpairs (θ, y) of its tridiagonal T: nodes θ, weights (e₁ᵀy)² (Golub &
@@ -175,7 +177,10 @@ def lanczos_quadratures(
     products = 0
     for step in range(steps):
         bases[active, step] = current.mT
-        remainders = operator.matmat(current).mT.contiguous()
+        try:
+            remainders = operator.matmat(current).mT.contiguous()
+        except StoppedError:
+            break
         products += len(active)
         if report is not None:
             report(products)
@@ -205,7 +210,7 @@ def lanczos_quadratures(
             break
         current = torch.stack(columns, dim=1)
     quadratures = []
-    for probe in range(count):
+    for probe in np.flatnonzero(lengths).tolist():
         length = int(lengths[probe])
         offdiagonal = betas[probe, : length - 1]
         tridiagonal = np.diag(diagonals[probe, :length]) + np.diag(offdiagonal, 1) + np.diag(offdiagonal, -1)

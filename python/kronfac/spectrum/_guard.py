@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from kronfac.linalg.symmetric import CheckedOperator
@@ -27,12 +29,23 @@ class Guarded:
         Raises:
             StoppedError: it failed after the user asked to stop.
         """
-        try:
+        with breakable(self.stop):
             return self.operator @ vectors
-        except RuntimeError as error:
-            if self.stop.requested:
-                raise StoppedError from error
-            raise
+
+
+@contextmanager
+def breakable(stop: Interrupt) -> Iterator[None]:
+    """A pass over the data that counts as interrupted where it fails after the user asked to stop.
+
+    Raises:
+        StoppedError: it did.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if stop.requested:
+            raise StoppedError from error
+        raise
 
 
 def guarded(operator: CheckedOperator, stop: Interrupt) -> CheckedOperator:

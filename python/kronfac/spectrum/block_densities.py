@@ -11,6 +11,7 @@ import numpy as np
 from kronfac._plotting import axes_or_new
 from kronfac.linalg.lanczos import Float64Array
 from kronfac.linalg.symmetric import check_operator
+from kronfac.linalg.trace import StoppedError
 from kronfac.operators import ParameterOperator
 from kronfac.spectrum._interrupt import interruptible
 from kronfac.spectrum._options import Progress
@@ -137,6 +138,7 @@ def block_densities(
         The densities by block name. An interrupt (Ctrl-C) ends the work with those that were reached.
 
     Raises:
+        KeyboardInterrupt: before the first step was done.
         TypeError: `op` is no operator of `kronfac.operators`, or an option has the wrong type.
         ValueError: an option out of range, an unknown name in `groups`, or a product that is not finite.
     """
@@ -158,18 +160,23 @@ def block_densities(
                 if tell is not None:
                     tell(spent + done, total)
 
-            found[name] = estimate(
-                operator,
-                probes=probes,
-                steps=steps,
-                axis=axis,
-                sigma=sigma,
-                grid=None,
-                threshold=threshold,
-                checks=checks,
-                seed=seed,
-                progress=report,
-            )
+            try:
+                found[name] = estimate(
+                    operator,
+                    probes=probes,
+                    steps=steps,
+                    axis=axis,
+                    sigma=sigma,
+                    grid=None,
+                    threshold=threshold,
+                    checks=checks,
+                    seed=seed,
+                    progress=report,
+                )
+            except StoppedError:
+                if stop.stops(len(found)):
+                    break
+                raise
             spent += found[name].products
         interrupted = len(found) < len(operators) or any(one.interrupted for one in found.values())
     return BlockDensityResult(found, spent, interrupted)

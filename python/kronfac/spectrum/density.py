@@ -14,6 +14,8 @@ from torch import Tensor
 from kronfac.linalg.lanczos import Float64Array, Quadrature, lanczos_quadratures
 from kronfac.linalg.probes import draw_probes, make_generator, standard_error
 from kronfac.linalg.symmetric import CheckedOperator, SymmetricOperator, check_operator
+from kronfac.linalg.trace import StoppedError
+from kronfac.spectrum._guard import guarded
 from kronfac.spectrum._interrupt import Interrupt, interruptible
 from kronfac.spectrum._options import BASIS_BYTES, Progress, check_choice, check_count, check_positive
 from kronfac.spectrum._progress import shown
@@ -104,24 +106,28 @@ def density(
         (Ctrl-C) ends the work with the steps and probes done so far, marked as interrupted.
 
     Raises:
+        KeyboardInterrupt: before the first step was done.
         TypeError: `op` is no operator, or an option has the wrong type.
         ValueError: `op` is not square or not symmetric, an option is out of range, or a product is not finite.
     """
     caller = "kronfac.spectrum.density"
     operator = check_operator(op, caller)
-    with shown(progress, caller) as report:
-        return estimate(
-            operator,
-            probes=probes,
-            steps=steps,
-            axis=axis,
-            sigma=sigma,
-            grid=grid,
-            threshold=threshold,
-            checks=checks,
-            seed=seed,
-            progress=report,
-        )
+    try:
+        with shown(progress, caller) as report:
+            return estimate(
+                operator,
+                probes=probes,
+                steps=steps,
+                axis=axis,
+                sigma=sigma,
+                grid=grid,
+                threshold=threshold,
+                checks=checks,
+                seed=seed,
+                progress=report,
+            )
+    except StoppedError as error:
+        raise KeyboardInterrupt from error
 
 
 def estimate(
@@ -137,7 +143,11 @@ def estimate(
     seed: int,
     progress: Progress | None,
 ) -> DensityResult | LogDensityResult:
-    """`density` of a checked operator, whose `caller` error messages name."""
+    """`density` of a checked operator, whose `caller` error messages name.
+
+    Raises:
+        StoppedError: the user asked to stop before the first step was done.
+    """
     caller = operator.caller
     probes = check_count(probes, "probes", caller, least=2)
     steps = min(check_count(steps, "steps", caller, least=1), operator.size)
@@ -160,7 +170,8 @@ def estimate(
     total = probes * steps + checks
     found: _Moments | None = None
     with interruptible() as stop:
-        while len(quadratures) < probes and not stop.stops(len(quadratures)):
+        operator = guarded(operator, stop)
+        while len(quadratures) < probes and not stop.requested:
             count = min(group, probes - len(quadratures))
             # Rademacher probes have the same length √n all, so that n Σ τ²θ is Hutchinson's estimate exactly.
             starts = draw_probes(
@@ -175,6 +186,8 @@ def estimate(
             some, spent = lanczos_quadratures(operator, starts, steps, report, lambda: stop.requested)
             quadratures += some
             products += spent
+        if not quadratures:
+            raise StoppedError
         interrupted = stop.requested
         if checks and not interrupted:
             found = _independent_moments(operator, checks, generator, stop, products, total, progress)
@@ -233,7 +246,10 @@ def _independent_moments(
     while found.products < probes and not stop.requested:
         count = min(_COLUMNS, probes - found.products)
         drawn = draw_probes(operator.size, count, "rademacher", generator, dtype=operator.dtype, device=operator.device)
-        images = operator.matmat(drawn)
+        try:
+            images = operator.matmat(drawn)
+        except StoppedError:
+            break
         found.traces.extend((drawn * images).sum(0, dtype=torch.float64).tolist())
         found.squares.extend(images.square().sum(0, dtype=torch.float64).tolist())
         if progress is not None:

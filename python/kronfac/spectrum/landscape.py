@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from kronfac.linalg.lanczos import Float64Array, norm
+from kronfac.linalg.trace import StoppedError
 from kronfac.operators.data import BatchSize, checksum
 from kronfac.operators.hessian import hessian
 from kronfac.operators.mean_loss import MeanLoss, model_digest
 from kronfac.operators.program import LossFunction
+from kronfac.spectrum._guard import breakable
 from kronfac.spectrum._interrupt import interruptible
 from kronfac.spectrum._options import Progress, check_count, check_positive
 from kronfac.spectrum._progress import shown
@@ -113,10 +115,16 @@ def landscape(
     evaluations = 0
     with interruptible() as stop, shown(progress, _CALLER, "point") as report:
         try:
-            centre = {name: one.value() for name, one in losses.items()}
-            evaluations += len(losses)
-            _check_centre(record, centre)
-            quadratic = _quadratic_model(surface.model, loss_fn, sets, losses, rows, reduction, batch_size, curvature)
+            try:
+                with breakable(stop):
+                    centre = {name: one.value() for name, one in losses.items()}
+                    evaluations += len(losses)
+                    _check_centre(record, centre)
+                    quadratic = _quadratic_model(
+                        surface.model, loss_fn, sets, losses, rows, reduction, batch_size, curvature
+                    )
+            except StoppedError as error:
+                raise KeyboardInterrupt from error
             for done, index in enumerate(_outwards(axes), start=1):
                 found = record.done.get(str(index))
                 if found is None:
@@ -125,7 +133,13 @@ def landscape(
                     if any(coordinates[index]):
                         offset = sum(a * row for a, row in zip(coordinates[index], rows, strict=True))
                         assert isinstance(offset, Tensor)
-                        point = {name: one.value(offset) for name, one in losses.items()}
+                        try:
+                            with breakable(stop):
+                                point = {name: one.value(offset) for name, one in losses.items()}
+                        except StoppedError as error:
+                            if done > 1:
+                                break
+                            raise KeyboardInterrupt from error
                         evaluations += len(losses)
                     else:
                         point = centre
