@@ -14,7 +14,7 @@ from kronfac.operators import ParameterOperator, hessian
 from kronfac.operators.program import LossFunction
 from kronfac.optim.options import integer, number
 from kronfac.schedules.sample import Sample, take
-from kronfac.spectrum import eigsh
+from kronfac.spectrum.eigsh import eigsh
 
 Blocks: TypeAlias = "str | Sequence[str] | Mapping[str, Sequence[str]] | None"
 
