@@ -24,6 +24,7 @@ DOCUMENTED = (
     "kronfac.operators",
     "kronfac.ops",
     "kronfac.optim",
+    "kronfac.schedules",
     "kronfac.spectrum",
 )
 PYTHON, NOT_RUN = "python", "{.python .no-test}"
