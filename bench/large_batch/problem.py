@@ -148,4 +148,4 @@ def measure(network: nn.Module, plan: Plan, data: Data, *, attacked: bool) -> di
 
 
 def _test_batches(data: Data) -> list[tuple[Tensor, Tensor]]:
-    return list(zip(data.test_inputs.split(_PART), data.test_targets.split(_PART), strict=True))
+    return list(zip(torch.split(data.test_inputs, _PART), torch.split(data.test_targets, _PART), strict=True))

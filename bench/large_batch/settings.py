@@ -82,7 +82,10 @@ class Plan:
     @staticmethod
     def from_json(data: dict[str, Any]) -> Plan:
         """The inverse of `to_json`."""
-        return Plan(**{name: tuple(value) if isinstance(value, list) else value for name, value in data.items()})
+        content: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in data.items()
+        }
+        return Plan(**content)
 
 
 @dataclass(frozen=True)

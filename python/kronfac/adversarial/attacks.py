@@ -29,8 +29,8 @@ def fgsm(
     """Fast gradient sign method: x' = clip(x + ε sign ∇ₓL) (Goodfellow et al., arXiv:1412.6572).
 
     The gradient is taken in eval mode: batch normalisation uses its running statistics and does not change them,
-    dropout is off. Parameters, their `.grad`, modes, buffers, hooks and all random streams are as before, and KFAC records
-    nothing. |x' - x| <= ε holds exactly in the type of the inputs, and so do the bounds.
+    dropout is off. Parameters, their `.grad`, modes, buffers, hooks and all random streams are as before, and KFAC
+    records nothing. |x' - x| <= ε holds exactly in the type of the inputs, and so do the bounds.
 
     An example whose gradient is 0 throughout (a saturated network) stays as it is.
 
