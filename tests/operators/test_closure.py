@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -250,6 +251,21 @@ def test_checkpointed_layers() -> None:
         return case.loss_fn(case.model[2](hidden), case.targets)  # type: ignore[index]
 
     with unchanged(case.model):
+        assert relative_error(ClosureOperator(closure, case.model.parameters()).to_dense(), expected) < 1e-12
+
+
+@pytest.mark.slow  # importing the compiler takes seconds
+def test_a_compiled_model_runs_as_it_was_written() -> None:
+    case = eval_case("batchnorm")
+    expected = operator_of(case).to_dense()
+    compiled = torch.compile(case.model)
+
+    def closure(_: Tensor | None) -> Tensor:
+        return case.loss_fn(compiled(case.inputs), case.targets)
+
+    # Torch warns that hooks on all modules also fire for the wrapper, which does no harm here.
+    with warnings.catch_warnings(), unchanged(case.model):
+        warnings.simplefilter("ignore")
         assert relative_error(ClosureOperator(closure, case.model.parameters()).to_dense(), expected) < 1e-12
 
 

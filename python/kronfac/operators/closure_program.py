@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -223,6 +224,9 @@ class ClosureProgram:
             stack.enter_context(self.buffers.kept() if keep else self.buffers.dropped())
             stack.enter_context(kernels_differentiable_twice(self.devices))
             stack.enter_context(unrecorded())
+            if "torch._dynamo" in sys.modules:
+                # What was compiled has no second derivative: it runs as it was written.
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
             yield
 
     @contextmanager
