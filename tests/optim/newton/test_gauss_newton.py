@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from kronfac.linalg.truncated_cg import Iterate
 from kronfac.optim.newton.gauss_newton import GaussNewtonCG
-from kronfac.optim.newton.hessian_free import best_iterate
+from kronfac.optim.newton.hessian_free import best_iterate, next_damping
 from tests.optim.models import same_tree
 from tests.optim.newton.closures import (
     LargestTensor,
@@ -121,6 +121,17 @@ def test_logistic_regression_ends_where_scipy_does(curvature: str) -> None:
     best = optimize.minimize(reference, np.zeros(5), jac=True, method="BFGS", options={"gtol": 1e-10})
     np.testing.assert_allclose(theta.detach().numpy(), best.x, rtol=1e-6, atol=1e-7)
     assert optimizer.last_step.gradient_norm < 1e-8
+
+
+@pytest.mark.parametrize(
+    ("ratio", "factor"),
+    [(-math.inf, 1.5), (0.249, 1.5), (0.25, 1.0), (0.5, 1.0), (0.75, 1.0), (0.751, 1 / 1.5), (2.0, 1 / 1.5)],
+)
+def test_damping_rule_of_martens(ratio: float, factor: float) -> None:
+    bounds = {"min_damping": 1e-3, "max_damping": 1e3}
+    assert next_damping(0.3, ratio, bounds) == pytest.approx(0.3 * factor)
+    assert next_damping(1e3, ratio, bounds) <= 1e3
+    assert next_damping(1e-3, ratio, bounds) >= 1e-3
 
 
 def test_damping_follows_the_ratio() -> None:
