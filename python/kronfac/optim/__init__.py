@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kronfac.optim import search_spaces as search_spaces
 from kronfac.optim.kfac import KFAC as KFAC
 from kronfac.optim.memory import LayerMemory as LayerMemory
 from kronfac.optim.memory import MemoryReport as MemoryReport
