@@ -53,7 +53,7 @@ class Plan:
     batches: tuple[int, ...] = (256, 1024, 4096, 16384)
     base_batch: int = 128
     seeds: tuple[int, ...] = (0, 1, 2)
-    lr: float = 0.02
+    lr: float = 0.01
     momentum: float = 0.9
     weight_decay: float = 5e-4
     decay_epochs: tuple[int, ...] = (6, 11)
