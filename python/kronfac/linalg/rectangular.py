@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kronfac.linalg.finite import all_finite
+
 
 @dataclass(frozen=True, eq=False)
 class MatrixFree:
@@ -78,7 +80,7 @@ class CheckedPair:
         if not isinstance(product, Tensor) or tuple(product.shape) != (size,):
             got = tuple(product.shape) if isinstance(product, Tensor) else type(product).__name__
             raise ValueError(f"{self.caller}: {what}: expected a tensor of shape ({size},), got {got}")
-        if not bool(torch.isfinite(product).all()):
+        if not all_finite(product):
             raise ValueError(f"{self.caller}: {what} is not finite; the operator overflows or contains NaN or infinity")
         product = product.detach().to(dtype=self.dtype, device=self.device)
         return product.clone() if product.data_ptr() == vector.data_ptr() else product

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kronfac.linalg.finite import all_finite
+
 
 @runtime_checkable
 class SymmetricOperator(Protocol):
@@ -68,7 +70,7 @@ class CheckedOperator:
                 f"{self.caller}: op @ v: expected a tensor of shape {tuple(vectors.shape)}, got {got}; "
                 "the operator must map a tensor (n,) or (n, k) to one of the same shape"
             )
-        if not torch.isfinite(product).all():
+        if not all_finite(product):
             raise ValueError(f"{self.caller}: op @ v is not finite; the operator overflows or contains NaN or infinity")
         product = product.detach().to(dtype=self.dtype, device=self.device)
         # An operator may return its argument (the identity does); Lanczos overwrites what it gets.

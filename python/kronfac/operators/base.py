@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from kronfac.curvature import unrecorded
+from kronfac.linalg.finite import all_finite
 from kronfac.linalg.lanczos import norm
 from kronfac.linalg.probes import draw_probes, make_generator
 from kronfac.operators.algebra import ParameterOperator
 from kronfac.operators.chunks import Chunker
+from kronfac.operators.convolution import BilinearConvolutions
 from kronfac.operators.data import Batch, DataSource
 from kronfac.operators.isolation import (
     RandomStreams,
@@ -130,8 +132,9 @@ class Engine(ABC):
 
     def _measure(self, batch: Batch) -> Usage:
         def run() -> BatchGraph:
-            graph = self.build(batch, self.chosen)
-            graph.product(range(len(self.chosen)), self.layout.split(vector, self._references))
+            with BilinearConvolutions():
+                graph = self.build(batch, self.chosen)
+                graph.product(range(len(self.chosen)), self.layout.split(vector, self._references))
             return graph
 
         vector = torch.ones(self.layout.size, dtype=self.layout.dtype, device=self.layout.device)
@@ -161,16 +164,20 @@ class Engine(ABC):
         """
         references = [self._references[index] for index in indices]
         shared = self._shared(indices, rows)
-        with self._ranks.together(shared), self._isolated(), explained(self.caller):
+        with self._ranks.together(shared), self._isolated(convolutions=False), explained(self.caller):
             rows = rows.clone() if rows.is_inference() else rows  # autograd saves them
-            out = torch.zeros_like(rows)
+            out = torch.empty_like(rows)
+            empty = True
             vectors = [layout.split(row, references) for row in rows]
             for graph, local, weight in self._graphs(indices):
                 for row, parts in zip(out, vectors, strict=True):
-                    layout.add_(row, graph.product(local, parts), weight)
+                    (layout.assign_ if empty else layout.add_)(row, _product(graph, local, parts), weight)
+                empty = False
                 del graph  # before the next one is built: two would take twice the memory
+            if empty:  # only other ranks have examples
+                out.zero_()
         self._ranks.sum_(out)
-        if not torch.isfinite(out).all() and torch.isfinite(rows).all():
+        if not all_finite(out) and all_finite(rows):
             with self._isolated():
                 culprits = (self._program.culprit(piece) for piece in self._pieces())
                 infinite = "a second derivative is infinite (a square root or norm at 0?) or overflows"
@@ -182,12 +189,12 @@ class Engine(ABC):
         """Free the graphs kept between products."""
         self._kept.clear()
 
-    def _isolated(self) -> ExitStack:
+    def _isolated(self, *, convolutions: bool = True) -> ExitStack:
         stack = ExitStack()
         stack.enter_context(preserved_streams(self._streams))
         # Also while a kept graph is in use: gradient checkpointing runs the model again in the backward.
         stack.enter_context(evaluation_mode(self._program, batch_norm=self._options.batch_norm))
-        stack.enter_context(differentiable_twice(self.model))
+        stack.enter_context(differentiable_twice(self.model, convolutions=convolutions))
         stack.enter_context(unrecorded())
         return stack
 
@@ -201,11 +208,15 @@ class Engine(ABC):
             key = (piece.number, piece.part)
             if self._keep and (self._keepable is None or key in self._keepable):
                 if key not in self._kept:
-                    self._kept[key] = self.build(piece, self.chosen)
+                    with BilinearConvolutions():
+                        self._kept[key] = self.build(piece, self.chosen)
                 yield self._kept[key], indices, weight
             else:
                 # Only the block's parameters: the first derivative with respect to the others would be wasted.
-                yield self.build(piece, block), range(len(indices)), weight
+                with BilinearConvolutions():
+                    graph = self.build(piece, block)
+                yield graph, range(len(indices)), weight
+                del graph
 
     def _weight(self, piece: Batch) -> float:
         return piece.size / self._total if self._reduction == "mean" else 1.0
@@ -231,7 +242,9 @@ class Engine(ABC):
         image, difference = torch.zeros_like(vector), torch.zeros_like(vector)
         for piece in (whole, *pieces):
             weight = piece.size / whole.size if self._reduction == "mean" else 1.0
-            product = self.comparable(piece).product(range(len(self.chosen)), parts)
+            with BilinearConvolutions():
+                graph = self.comparable(piece)
+            product = _product(graph, range(len(self.chosen)), parts)
             layout.add_(difference, product, weight if piece is whole else -weight)
             if piece is whole:
                 layout.add_(image, product, weight)
@@ -371,6 +384,11 @@ class CurvatureOperator(ParameterOperator):
 
     def _restricted(self, positions: Sequence[int]) -> CurvatureOperator:
         return CurvatureOperator(self._engine, tuple(self._indices[position] for position in positions))
+
+
+def _product(graph: BatchGraph, indices: Sequence[int], parts: Sequence[Tensor]) -> list[Tensor | None]:
+    with BilinearConvolutions():  # gradient checkpointing runs the model again
+        return graph.product(indices, parts)
 
 
 def _some_entries(parameter: Tensor) -> Tensor:

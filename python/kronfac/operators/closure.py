@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kronfac.curvature import Likelihood, resolve_likelihood
+from kronfac.linalg.finite import all_finite
 from kronfac.operators.algebra import ParameterOperator
 from kronfac.operators.base import BatchGraph
 from kronfac.operators.closure_program import Closure, ClosureProgram, ClosureValue, check_counts, check_indices
@@ -129,7 +130,7 @@ class ClosureOperator(ParameterOperator):
                         layout.add_(row, graph.product(everything, parts), weight)
                 del graph  # before the next one is built: two would take twice the memory
         self.propagations += 2 * program.count(self._indices) * len(rows)
-        if not bool(torch.isfinite(out).all()) and bool(torch.isfinite(rows).all()):
+        if not all_finite(out) and all_finite(rows):
             raise ValueError(
                 f"{self.caller}: closure: a product with the {self._curvature} is not finite although the loss is: a "
                 "second derivative is infinite (a square root or norm at 0?) or overflows"

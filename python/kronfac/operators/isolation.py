@@ -121,15 +121,23 @@ def evaluation_mode(*modules: nn.Module, batch_norm: str = "running") -> Iterato
 
 
 @contextmanager
-def differentiable_twice(model: nn.Module) -> Iterator[None]:
-    """Gradients on, autocast off, and only kernels that can be differentiated twice."""
+def differentiable_twice(model: nn.Module, *, convolutions: bool = True) -> Iterator[None]:
+    """Gradients on, autocast off, and only kernels that can be differentiated twice.
+
+    Args:
+        model: what runs inside.
+        convolutions: with `BilinearConvolutions`. They make every call of torch slower, so that who does more than
+            running the model enters them around that alone.
+    """
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
-    with kernels_differentiable_twice(accelerator_devices(model), recurrent=recurrent):
+    with kernels_differentiable_twice(accelerator_devices(model), recurrent=recurrent, convolutions=convolutions):
         yield
 
 
 @contextmanager
-def kernels_differentiable_twice(devices: tuple[torch.device, ...], *, recurrent: bool = False) -> Iterator[None]:
+def kernels_differentiable_twice(
+    devices: tuple[torch.device, ...], *, recurrent: bool = False, convolutions: bool = True
+) -> Iterator[None]:
     """`differentiable_twice` for what runs on the CPU and the given devices, with recurrent layers or without."""
     fast_attention = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:
@@ -140,7 +148,8 @@ def kernels_differentiable_twice(devices: tuple[torch.device, ...], *, recurrent
             stack.enter_context(torch.autocast(kind, enabled=False))
         # The fused attention kernels have no double backward.
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.enter_context(BilinearConvolutions())
+        if convolutions:
+            stack.enter_context(BilinearConvolutions())
         if recurrent:
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))  # cuDNN's recurrent kernels have none either
         # A TransformerEncoder asks its first layer alone whether gradients are wanted, and hands the others nested

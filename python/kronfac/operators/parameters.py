@@ -51,6 +51,16 @@ class ParameterLayout:
                 flat = part.detach().reshape(-1).to(device=out.device, dtype=out.dtype)
                 out[first:last].add_(flat, alpha=scale)
 
+    def assign_(self, out: Tensor, parts: Sequence[Tensor | None], scale: float) -> None:
+        """Write scale times the parts to a flat vector, whatever it holds; None counts as zero."""
+        for first, last, shape, part in zip(self.offsets[:-1], self.offsets[1:], self.shapes, parts, strict=True):
+            if part is None:
+                out[first:last].zero_()
+            else:
+                out[first:last].view(shape).copy_(part.detach())
+        if scale != 1.0:
+            out.mul_(scale)
+
     def subset(self, indices: Sequence[int]) -> ParameterLayout:
         """The layout of some of the parameters, in the given order."""
         return make_layout(
