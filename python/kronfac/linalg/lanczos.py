@@ -17,6 +17,7 @@ from torch import Tensor
 from kronfac.linalg.subspace import BREAKDOWN, Subspace
 from kronfac.linalg.subspace import Float64Array as Float64Array
 from kronfac.linalg.subspace import norm as norm
+from kronfac.linalg.subspace import orthogonalize_product_
 from kronfac.linalg.symmetric import CheckedOperator
 from kronfac.linalg.trace import StoppedError
 from kronfac.ops import orthogonalize_
@@ -51,7 +52,8 @@ class KrylovSubspace(Subspace):
         row = self.size
         self.basis[row].copy_(vector)
         product = self.operator.matvec(vector)
-        coefficients = orthogonalize_(product, self.basis[: row + 1]).to("cpu", torch.float64).numpy()
+        # After a restart the direction couples to every kept vector.
+        coefficients = orthogonalize_product_(product, self.basis[: row + 1], row - 1 if self._follows_last else 0)
         self.norm = max(self.norm, float(np.abs(coefficients).max()))
         if self._follows_last:
             check_symmetry(self.operator, self.beta, float(coefficients[row - 1]), self.norm)
@@ -166,30 +168,30 @@ def lanczos_quadratures(
     """
     size, count = starts.shape
     epsilon = operator.epsilon
-    bases = torch.empty(count, steps, size, dtype=operator.dtype, device=operator.device)
+    # The vectors of one step side by side, as the rows that a product takes.
+    bases = torch.empty(steps, count, size, dtype=operator.dtype, device=operator.device)
     diagonals = np.zeros((count, steps))
     betas = np.zeros((count, steps))
     lengths = np.zeros(count, dtype=np.int64)
     lengths_of_starts = torch.tensor([norm(start) for start in starts.mT], dtype=torch.float64)
-    current = starts.to(operator.dtype) / lengths_of_starts.to(device=operator.device, dtype=operator.dtype)
+    bases[0] = (starts.to(operator.dtype) / lengths_of_starts.to(device=operator.device, dtype=operator.dtype)).mT
     norms = np.zeros(count)
     active = list(range(count))
     products = 0
     for step in range(steps):
-        bases[active, step] = current.mT
+        current = bases[step, active]  # a copy: an operator may write to what it gets
         try:
-            remainders = operator.matmat(current).mT.contiguous()
+            remainders = operator.matmat(current.mT).mT.contiguous()
         except StoppedError:
             break
         products += len(active)
         if report is not None:
             report(products)
         survivors: list[int] = []
-        columns: list[Tensor] = []
         for position, probe in enumerate(active):
             remainder = remainders[position]
-            basis = bases[probe, : step + 1]
-            coefficients = orthogonalize_(remainder, basis).to("cpu", torch.float64).numpy()
+            basis = bases[: step + 1, probe]
+            coefficients = orthogonalize_product_(remainder, basis, max(0, step - 1))
             alpha = float(coefficients[step])
             beta = norm(remainder)
             diagonals[probe, step], lengths[probe] = alpha, step + 1
@@ -199,16 +201,16 @@ def lanczos_quadratures(
             if step + 1 == size or beta <= BREAKDOWN * epsilon * norms[probe]:
                 continue
             betas[probe, step] = beta
-            vector = remainder / beta
+            survivors.append(probe)
+            if step + 1 == steps:
+                continue
+            vector = torch.div(remainder, beta, out=bases[step + 1, probe])
             if beta < epsilon**0.5 * norms[probe]:
                 orthogonalize_(vector, basis)
                 vector /= norm(vector)
-            survivors.append(probe)
-            columns.append(vector)
         active = survivors
         if not active or (stop is not None and stop()):
             break
-        current = torch.stack(columns, dim=1)
     quadratures = []
     for probe in np.flatnonzero(lengths).tolist():
         length = int(lengths[probe])
