@@ -18,10 +18,6 @@ from torch import Generator, Tensor
 from kronfac.linalg.probes import draw_probes, standard_error
 from kronfac.linalg.symmetric import CheckedOperator
 
-_SHARED_PROBES = 1.3
-"""The leave-one-out estimates of XDiag share all probes but one, so that the spread of their mean is more than their
-own spread over √m says: measured 1.08 (flat spectrum) to 1.35 (eigenvalues 1/k) times as much."""
-
 # 1 - cos² below which two directions that the basis loses are one: of what is left the sine is round-off.
 _PARALLEL = 1e-8
 
@@ -263,8 +259,36 @@ def xdiag(sketch: Sketch) -> tuple[Tensor, Tensor]:
     QS, ZS = (part @ S.to(part) for part in (sketch.Q, sketch.Z))
     head = (sketch.Q * sketch.Z).sum(1, keepdim=True, dtype=torch.float64)
     gains = (S * sketch.R).sum(0).to(QS)
-    samples = head - (QS * ZS).to(torch.float64) + (QS * gains * sketch.omega).to(torch.float64)
-    return samples.mean(1).cpu(), (samples.std(1) * (_SHARED_PROBES / math.sqrt(samples.shape[1]))).cpu()
+    left, right, own = (part.to(torch.float64) for part in (QS, ZS, gains * sketch.omega))
+    samples = head - left * right + left * own
+    shared = _shared_variances(S.to(head), left, right, right - own).clamp(min=0.0)
+    return samples.mean(1).cpu(), (samples.var(1) / samples.shape[1] + shared).sqrt().cpu()
+
+
+def _shared_variances(S: Tensor, q: Tensor, z: Tensor, y: Tensor) -> Tensor:
+    """The covariances of two of XDiag's estimates d_i and d_j, entry by entry, without bias.
+
+    For the reason given in `_shared_variance`, cov(d_i, d_j) = E[(d_i - d_ij)(d_j - d_ji)], d_ij from probe i and the
+    sketch without probe j too. With c = s_iᵀs_j, q = Q S, z = Z S and y = z - (what probe i finds in q_i) ω_i,
+    d_i - d_ij = (c² q_i y_i + q_j z_j - c q_i z_j - c q_j y_i) / (1 - c²). Multiplied out, the sum over all pairs is
+    one of products of columns with powers of c, which are products of (n, m) matrices with (m, m) ones.
+    """
+    m = q.shape[1]
+    cosine = S.mT @ S
+    lost = 1 - cosine.square()
+    lost.fill_diagonal_(0.0)
+    # Where two probes lose the same direction there is no telling what each would find without the other.
+    K0 = torch.where(lost > _PARALLEL, lost.clamp(min=_PARALLEL).reciprocal().square(), 0.0)
+    K1, K2, K3, K4 = (K0 * cosine**power for power in (1, 2, 3, 4))
+    a, p = q * y, q * z
+    total = (
+        a * (a @ (K4 + K2))
+        + p * (p @ (K0 + K2))
+        + 2 * (y * z * (q.square() @ K2) + a * p * K2.sum(0))
+        - 2 * (a * z * (q @ K3) + a * q * (y @ K3))
+        - 2 * (z * ((p * q) @ K1) + q * ((p * y) @ K1))
+    )
+    return total.sum(1) / (m * (m - 1))
 
 
 def _sizes(count: int) -> list[int]:
