@@ -6,7 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import kronfac.linalg.subspace as subspace_module
 from kronfac.linalg import KrylovSubspace, check_operator, lanczos_quadratures, make_generator
+from kronfac.linalg.subspace import orthogonalize_product_
 from tests.linalg.matrices import Counted, with_spectrum
 
 
@@ -53,6 +55,46 @@ def test_ritz_pairs_satisfy_their_residuals(size: int, distinct: int, capacity: 
             subspace.restart(values[-kept:], coordinates[:, -kept:])
     if subspace.complete:
         np.testing.assert_allclose(values, np.linalg.eigvalsh(matrix.numpy()), atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("strayed", [0.0, 1e-3, 0.3, 1e4])
+def test_one_pass_or_two_leave_the_product_orthogonal(dtype: torch.dtype, strayed: float) -> None:
+    """Also where it couples to rows that it should not couple to, little or more than anything else."""
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(500, 40, generator=generator, dtype=torch.float64))[0].mT.to(dtype).contiguous()
+    rest = torch.randn(500, generator=generator, dtype=torch.float64)
+    rest -= basis.double().mT @ (basis.double() @ rest)
+    rest /= rest.norm()
+    parts = torch.zeros(40, dtype=torch.float64)
+    parts[38:] = torch.tensor([70.0, -300.0])
+    parts[5] = strayed
+    product = (basis.double().mT @ parts + rest).to(dtype)
+    found = orthogonalize_product_(product, basis, 38)
+    epsilon = torch.finfo(dtype).eps
+    np.testing.assert_allclose(found, parts.numpy(), atol=100 * epsilon * max(300.0, strayed))
+    # What is left has length 1; the round-off of the product itself stays in it.
+    torch.testing.assert_close(product.double(), rest, rtol=0.0, atol=10 * epsilon * max(300.0, strayed))
+    assert float((basis.double() @ product.double()).abs().max()) < 20 * epsilon
+
+
+def test_how_often_the_basis_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once projected and once subtracted, besides the two rows that the recurrence names."""
+    calls: list[tuple[int, int]] = []
+    plain = subspace_module.orthogonalize_
+
+    def counted(w: torch.Tensor, basis: torch.Tensor, passes: int = 2) -> torch.Tensor:
+        calls.append((len(basis), passes))
+        return plain(w, basis, passes)
+
+    monkeypatch.setattr(subspace_module, "orthogonalize_", counted)
+    subspace = _subspace(with_spectrum(np.linspace(-1, 1, 60)), 30)
+    subspace.expand()
+    calls.clear()  # those of the random start are among them
+    for _ in range(29):
+        subspace.expand()
+    assert calls[:6] == [(rows, 2) for rows in range(2, 8)]
+    assert calls[6:] == [call for rows in range(8, 31) for call in ((2, 1), (rows, 1))]
 
 
 def test_restart_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:

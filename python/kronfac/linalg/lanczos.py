@@ -1,8 +1,8 @@
 """Lanczos with full reorthogonalisation: a growing, restartable subspace, and the tridiagonal form for quadrature.
 
-Sources: Paige's analysis of lost orthogonality is why every new vector is orthogonalised twice against the whole basis;
-thick restart as in Wu & Simon, "Thick-restart Lanczos method for large symmetric eigenvalue problems" (SIAM J. Matrix
-Anal. Appl. 22, 2000).
+Sources: Paige's analysis of lost orthogonality is why every new vector is orthogonalised against the whole basis, until
+it is measured to be orthogonal; thick restart as in Wu & Simon, "Thick-restart Lanczos method for large symmetric
+eigenvalue problems" (SIAM J. Matrix Anal. Appl. 22, 2000).
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kronfac.linalg.subspace import BREAKDOWN, Subspace
+from kronfac.linalg.subspace import BREAKDOWN, Subspace, orthogonalize_product_
 from kronfac.linalg.subspace import Float64Array as Float64Array
 from kronfac.linalg.subspace import norm as norm
-from kronfac.linalg.subspace import orthogonalize_product_
 from kronfac.linalg.symmetric import CheckedOperator
 from kronfac.linalg.trace import StoppedError
 from kronfac.ops import orthogonalize_
