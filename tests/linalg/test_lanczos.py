@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import kronfac.linalg.subspace as subspace_module
+import kronfac.ops as ops
 from kronfac.linalg import KrylovSubspace, check_operator, lanczos_quadratures, make_generator
 from kronfac.linalg.subspace import orthogonalize_product_
 from tests.linalg.matrices import Counted, with_spectrum
@@ -81,13 +81,12 @@ def test_one_pass_or_two_leave_the_product_orthogonal(dtype: torch.dtype, straye
 def test_how_often_the_basis_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """Once projected and once subtracted, besides the two rows that the recurrence names."""
     calls: list[tuple[int, int]] = []
-    plain = subspace_module.orthogonalize_
 
     def counted(w: torch.Tensor, basis: torch.Tensor, passes: int = 2) -> torch.Tensor:
         calls.append((len(basis), passes))
-        return plain(w, basis, passes)
+        return ops.orthogonalize_(w, basis, passes)
 
-    monkeypatch.setattr(subspace_module, "orthogonalize_", counted)
+    monkeypatch.setattr("kronfac.linalg.subspace.orthogonalize_", counted)
     subspace = _subspace(with_spectrum(np.linspace(-1, 1, 60)), 30)
     subspace.expand()
     calls.clear()  # those of the random start are among them

@@ -37,7 +37,8 @@ def test_leaving_out_probes_one_by_one(spectrum: str, m: int) -> None:
         kept = [index for index in range(m) if index not in (probe, *missing)]
         Q = torch.linalg.qr(matrix @ omega[:, kept])[0]
         found = Q @ (Q.mT @ matrix)
-        return found.diagonal() + omega[:, probe] * ((matrix - found) @ omega[:, probe])
+        estimate: Tensor = found.diagonal() + omega[:, probe] * ((matrix - found) @ omega[:, probe])
+        return estimate
 
     samples = torch.stack([alone(probe) for probe in range(m)])
     shared = torch.zeros(n, dtype=torch.float64)
