@@ -204,6 +204,25 @@ def afresh(subject: Subject) -> object:
     return grown(subspace)
 
 
+def by_closure(subject: Subject) -> operators.ClosureOperator:
+    inputs, targets = subject.batch
+
+    def closure(indices: Tensor | None) -> Tensor:
+        chosen = slice(None) if indices is None else indices
+        return functional.cross_entropy(subject.model(inputs[chosen]), targets[chosen])
+
+    named = {name: p for name, p in subject.model.named_parameters() if p.requires_grad}
+    return operators.ClosureOperator(closure, list(named.values()), names=list(named), examples=len(targets))
+
+
+def ball(subject: Subject) -> linalg.TrustRegionResult:
+    return linalg.trust_region_cg(subject.op, subject.vector(), 1.0, keep=4)
+
+
+def cubic(subject: Subject) -> linalg.CubicResult:
+    return linalg.cubic_regularised(subject.op, subject.vector(), 1.0, explore=True, keep=True)
+
+
 def along(subject: Subject, **options: Any) -> spectrum.LandscapeResult:
     return spectrum.landscape(
         subject.model, functional.cross_entropy, subject.batch, subject.vector(), points=9, **options
@@ -223,6 +242,7 @@ OPERATORS: dict[str, Callable[[Subject], Any]] = {
     "CurvatureOperator": lambda s: s.op,
     "ParameterOperator": lambda s: 2 * s.op - s.kfac.shift(0.1) @ s.ggn,
     "KroneckerOperator": lambda s: s.kfac,
+    "ClosureOperator": by_closure,
 }
 MEMBERS: dict[str, Callable[[Any, Subject], object]] = {
     "__matmul__": lambda op, s: [op @ s.vector(), op @ columns(op, 5), op @ s.parts(), refused_product(op, s)],
@@ -386,6 +406,20 @@ USES: dict[str, dict[str, Use]] = {
         "": lambda s: linalg.minres(s.op, s.vector(), max_iterations=20),
         "reorthogonalised": lambda s: linalg.minres(s.op, s.vector(), reorthogonalize=True, max_iterations=20),
     },
+    L + "newton_minres": {
+        "": lambda s: linalg.newton_minres(s.op, s.vector(), max_iterations=20),
+        "preconditioner": lambda s: linalg.newton_minres(s.op, s.vector(), preconditioner=lambda v: v.mul_(0.5)),
+    },
+    L + "trust_region_cg": {
+        "": lambda s: ball(s),
+        "preconditioner": lambda s: linalg.trust_region_cg(s.op, s.vector(), 1.0, preconditioner=lambda v: v.mul_(0.5)),
+        "refused": lambda s: fails(lambda: linalg.trust_region_cg(s.op, s.vector(), -1.0), ValueError),
+    },
+    L + "TrustRegionResult.at_boundary": {"": lambda s: ball(s).at_boundary},
+    L + "TrustRegionResult.shortened": {"": lambda s: ball(s).shortened(0.5)},
+    L + "cubic_regularised": {"": cubic},
+    L + "CubicResult.converged": {"": lambda s: cubic(s).converged},
+    L + "CubicResult.regularised": {"": lambda s: cubic(s).regularised(2.0)},
     L + "SolveResult.converged": {"": lambda s: linalg.cg(s.ggn, s.vector(), shift=1.0).converged},
     L + "damped_inverses": {"": lambda s: linalg.damped_inverses(s.factors, torch.full((2,), 0.1).double())},
     L + "eigenbases": {"": lambda s: linalg.eigenbases(s.factors)},
@@ -408,6 +442,8 @@ USES: dict[str, dict[str, Use]] = {
     L + "CheckedOperator.matmat": {"": lambda s: s.checked.matmat(columns(s.op))},
     L + "CheckedOperator.epsilon": {"": lambda s: s.checked.epsilon},
     L + "KrylovSubspace.expand": {"": krylov},
+    L + "KrylovSubspace.directions": {"": lambda s: krylov(s).directions},
+    L + "KrylovSubspace.forgetful": {"": lambda s: krylov(s).forgetful},
     L + "KrylovSubspace.width": {"": lambda s: krylov(s).width},
     L + "KrylovSubspace.coupling": {"": lambda s: ritz(s)[0].coupling(ritz(s)[2])},
     L + "KrylovSubspace.restart": {"": restarted},
