@@ -73,6 +73,8 @@ def _figure(records: Sequence[Record], theme: Theme) -> Figure:
                 linewidth=1.6,
                 label=TITLES[method],
             )
+        if scale == 100.0:  # bars of one standard deviation reach beyond what there can be
+            axes.set_ylim(0, 103)
         axes.set_xlabel("batch size (the largest, where it grows)", color=theme.ink)
         axes.set_ylabel(label, color=theme.ink)
         batches = sorted({batch for _, batch in table})
