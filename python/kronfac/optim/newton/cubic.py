@@ -14,62 +14,50 @@ from kronfac.curvature import Likelihood
 from kronfac.linalg.cubic import CubicResult, cubic_regularised
 from kronfac.linalg.lanczos import norm
 from kronfac.operators.closure import ClosureOperator
-from kronfac.optim.newton.base import COMMON_OPTIONS, Check, NewtonOptimizer, NewtonStep, positive
+from kronfac.optim.newton.attempts import Attempt, AttemptedStep
+from kronfac.optim.newton.base import COMMON_OPTIONS, Check, NewtonOptimizer, positive
 from kronfac.optim.newton.evaluation import Evaluation, SampleSize
 from kronfac.optim.options import flag, integer, number
 
 _SHORTER = 0.9
 
 
-@dataclass(frozen=True)
-class CubicAttempt:
+@dataclass(frozen=True, kw_only=True)
+class CubicAttempt(Attempt):
     """One solution of the cubic problem, and what came of it.
 
     Attributes:
         sigma: σ.
+        shift: μ = σ‖s‖, which H + μI is positive semi-definite with on the space.
+        lowest: the smallest eigenvalue of H on the space, NaN where there is none.
         status: of the solver: "converged", "iteration_limit" or "stagnated".
         iterations: dimension of the Lanczos space.
         products: with the curvature that were spent: mostly 0 after the first attempt, whose space is used again.
         norm: ‖s‖.
-        shift: μ = σ‖s‖, which H + μI is positive semi-definite with on the space.
-        lowest: the smallest eigenvalue of H on the space, NaN where there is none.
         model_decrease: what the cubic model promises.
         loss_after: on the sample of the ratio, NaN where it was not evaluated.
         ratio: ρ, None where it was not taken.
-        outcome: "accepted", "rejected", "no_decrease" (the model promises none: at a stationary point) or "unresolved"
-            (it promises less than the round-off of the loss; such a step is taken if the loss does not rise, and says
-            nothing about σ).
+        outcome: "accepted", "rejected", "no_decrease" or "unresolved" (the model promises less than the round-off of
+            the loss).
     """
 
     sigma: float
-    status: str
-    iterations: int
-    products: int
-    norm: float
     shift: float
     lowest: float
-    model_decrease: float
-    loss_after: float
-    ratio: float | None
-    outcome: str
 
 
 @dataclass(frozen=True, kw_only=True)
-class CubicStep(NewtonStep):
+class CubicStep(AttemptedStep):
     """What a step of `CubicNewton` did; `status` is that of the last attempt.
 
     Attributes:
         sigma: for the next step.
         attempts: with larger and larger σ, the last one accepted or none.
+        rejections: how many of them were rejected.
     """
 
     sigma: float
     attempts: tuple[CubicAttempt, ...]
-
-    @property
-    def rejections(self) -> int:
-        """How many attempts were rejected."""
-        return sum(attempt.outcome == "rejected" for attempt in self.attempts)
 
 
 class CubicNewton(NewtonOptimizer):

@@ -12,15 +12,16 @@ import torch
 from kronfac.curvature import Likelihood
 from kronfac.linalg.lanczos import norm
 from kronfac.linalg.trust_region import TrustRegionResult, trust_region_cg
-from kronfac.optim.newton.base import COMMON_OPTIONS, Check, NewtonOptimizer, NewtonStep, positive
+from kronfac.optim.newton.attempts import Attempt, AttemptedStep
+from kronfac.optim.newton.base import COMMON_OPTIONS, Check, NewtonOptimizer, positive
 from kronfac.optim.newton.evaluation import Evaluation, SampleSize
 from kronfac.optim.newton.preconditioning import PreconditionerSource, Preconditioning
 from kronfac.optim.newton.radius import CLASSICAL, XU, rule_from
 from kronfac.optim.options import choice, integer, number
 
 
-@dataclass(frozen=True)
-class TrustRegionAttempt:
+@dataclass(frozen=True, kw_only=True)
+class TrustRegionAttempt(Attempt):
     """One solution of the trust-region problem, and what came of it.
 
     Attributes:
@@ -32,38 +33,25 @@ class TrustRegionAttempt:
         model_decrease: what the quadratic model promises.
         loss_after: on the sample of the ratio, NaN where it was not evaluated.
         ratio: ρ, None where it was not taken.
-        outcome: "accepted", "rejected", "no_decrease" (the model promises none: at a stationary point) or "unresolved"
-            (it promises less than the round-off of the loss; such a step is taken if the loss does not rise, and says
-            nothing about the radius).
+        outcome: "accepted", "rejected", "no_decrease" or "unresolved" (the model promises less than the round-off of
+            the loss).
     """
 
     radius: float
-    status: str
-    iterations: int
-    products: int
-    norm: float
-    model_decrease: float
-    loss_after: float
-    ratio: float | None
-    outcome: str
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrustRegionStep(NewtonStep):
+class TrustRegionStep(AttemptedStep):
     """What a step of `TRCG` did; `status` is that of the last attempt.
 
     Attributes:
         radius: for the next step.
         attempts: with smaller and smaller radii, the last one accepted or none.
+        rejections: how many of them were rejected.
     """
 
     radius: float
     attempts: tuple[TrustRegionAttempt, ...]
-
-    @property
-    def rejections(self) -> int:
-        """How many attempts were rejected."""
-        return sum(attempt.outcome == "rejected" for attempt in self.attempts)
 
 
 class TRCG(NewtonOptimizer):
