@@ -13,8 +13,9 @@ from kronfac.curvature import Likelihood, resolve_likelihood
 from kronfac.linalg.finite import all_finite
 from kronfac.operators.algebra import ParameterOperator
 from kronfac.operators.base import BatchGraph
-from kronfac.operators.closure_program import Closure, ClosureProgram, ClosureValue, check_counts, check_indices
+from kronfac.operators.closure_program import Closure, ClosureProgram, ClosureValue, check_indices
 from kronfac.operators.ggn import pushforward_graph
+from kronfac.operators.options import check_counts
 from kronfac.operators.program import differentiate
 
 CURVATURES = ("hessian", "ggn", "fisher")
@@ -79,7 +80,7 @@ class ClosureOperator(ParameterOperator):
         if not (keep_graph is None or isinstance(keep_graph, bool)):
             raise TypeError(f"{caller}: keep_graph: expected True, False or None, got {keep_graph!r}")
         if not isinstance(closure, ClosureProgram):
-            check_counts(examples, chunk_size, caller)
+            check_counts(caller, examples=examples, chunk_size=chunk_size)
             if chunk_size is not None and examples is None and indices is None:
                 raise ValueError(
                     f"{caller}: chunk_size: expected None without examples= or indices=, got {chunk_size}; how many "

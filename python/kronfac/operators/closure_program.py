@@ -278,21 +278,6 @@ def accelerators(parameters: Iterable[Tensor]) -> tuple[torch.device, ...]:
     return tuple(sorted(found, key=str))
 
 
-def check_counts(examples: Any, chunk_size: Any, caller: str) -> None:
-    """Check numbers of examples, None or at least 1.
-
-    Raises:
-        TypeError, ValueError: another value.
-    """
-    for name, value in (("examples", examples), ("chunk_size", chunk_size)):
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{caller}: {name}: expected an integer or None, got {value!r}")
-        if value < 1:
-            raise ValueError(f"{caller}: {name}: expected at least 1, got {value}")
-
-
 def check_indices(indices: Any, examples: int | None, caller: str) -> None:
     """Check a set of examples.
 

@@ -38,13 +38,7 @@ class EngineOptions:
                 f"{caller}: batch_size: expected a callable (inputs, targets), got {type(self.batch_size).__name__}; "
                 "chunk_size= cuts batches into smaller ones"
             )
-        for name, value in (("chunk_size", self.chunk_size), ("memory_limit", self.memory_limit)):
-            if value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{caller}: {name}: expected an integer or None, got {value!r}")
-            if value < 1:
-                raise ValueError(f"{caller}: {name}: expected at least 1, got {value}")
+        check_counts(caller, chunk_size=self.chunk_size, memory_limit=self.memory_limit)
         if self.batch_norm not in BATCH_NORMS:
             raise ValueError(
                 f"{caller}: batch_norm: expected one of {', '.join(map(repr, BATCH_NORMS))}, got {self.batch_norm!r}"
@@ -55,3 +49,18 @@ class EngineOptions:
             raise TypeError(f'{caller}: dtype: expected a torch.dtype, "model" or None, got {self.dtype!r}')
         if not self.dtype.is_floating_point or self.dtype.itemsize < 2:
             raise ValueError(f"{caller}: dtype: expected torch.float64, float32, bfloat16 or float16, got {self.dtype}")
+
+
+def check_counts(caller: str, **counts: Any) -> None:
+    """Check numbers by name, each None or at least 1.
+
+    Raises:
+        TypeError, ValueError: another value.
+    """
+    for name, value in counts.items():
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{caller}: {name}: expected an integer or None, got {value!r}")
+        if value < 1:
+            raise ValueError(f"{caller}: {name}: expected at least 1, got {value}")

@@ -27,7 +27,8 @@ from torch.optim import Optimizer
 
 from kronfac.curvature import Likelihood, resolve_likelihood
 from kronfac.operators.closure import CURVATURES
-from kronfac.operators.closure_program import Closure, check_counts, layout_of
+from kronfac.operators.closure_program import Closure, layout_of
+from kronfac.operators.options import check_counts
 from kronfac.operators.parameters import ParameterLayout
 from kronfac.optim.newton.evaluation import Evaluation, Sample, check_ratio_sample, check_sample
 from kronfac.optim.newton.state import check_state, pack_state
@@ -98,6 +99,11 @@ class NewtonStep:
     propagations: int
 
 
+def decrease_ratio(before: float, after: float, promised: float) -> float:
+    """ρ, the decrease of the loss over that of the model; -inf where the loss after the step is not finite."""
+    return (before - after) / promised if math.isfinite(after) else -math.inf
+
+
 class NewtonOptimizer(Optimizer):
     """Base class of the Newton-type optimizers: samples, transaction and checkpoints.
 
@@ -137,7 +143,7 @@ class NewtonOptimizer(Optimizer):
         history: int = 1000,
     ) -> None:
         name = self.method
-        check_counts(examples, None, name)
+        check_counts(name, examples=examples)
         self.examples = examples
         self.likelihood = None if likelihood is None else resolve_likelihood(likelihood)
         self._layout: ParameterLayout | None = None

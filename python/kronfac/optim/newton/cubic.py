@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from kronfac.curvature import Likelihood
@@ -15,7 +14,7 @@ from kronfac.linalg.cubic import CubicResult, cubic_regularised
 from kronfac.linalg.lanczos import norm
 from kronfac.operators.closure import ClosureOperator
 from kronfac.optim.newton.attempts import Attempt, AttemptedStep
-from kronfac.optim.newton.base import COMMON_OPTIONS, Check, NewtonOptimizer, positive
+from kronfac.optim.newton.base import COMMON_OPTIONS, Check, NewtonOptimizer, decrease_ratio, positive
 from kronfac.optim.newton.evaluation import Evaluation, SampleSize
 from kronfac.optim.options import flag, integer, number
 
@@ -202,10 +201,10 @@ class CubicNewton(NewtonOptimizer):
                 attempts.append(_attempt(result, products, math.nan, None, "no_decrease"))
                 break
             if before is None:
-                before = self._start(run.loss(ratio_sample))
+                before = run.starting_loss(ratio_sample, "the ratio")
             after = run.loss(ratio_sample, result.step)
-            ratio = (before - after) / promised if math.isfinite(after) else -math.inf
-            if promised <= 10 * torch.finfo(run.layout.dtype).eps * abs(before):  # ρ is a quotient of rounding errors
+            ratio = decrease_ratio(before, after, promised)
+            if promised <= run.round_off(before):  # ρ is a quotient of rounding errors
                 attempts.append(_attempt(result, products, after, ratio, "unresolved"))
                 if after <= before:
                     run.move(result.step)
@@ -256,13 +255,6 @@ class CubicNewton(NewtonOptimizer):
             seed=self.steps,  # another random direction in every step, the same after resuming
             keep=True,
         )
-
-    def _start(self, loss: float) -> float:
-        if not math.isfinite(loss):
-            raise ValueError(
-                f"{self.method}.step: closure: expected a finite loss on the sample of the ratio, got {loss}"
-            )
-        return loss
 
 
 def _shorter(rejected: CubicResult, sigma: float, limit: float) -> tuple[CubicResult, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -126,6 +127,21 @@ class Evaluation:
             return self._program.value(sample.indices)
         with self._at(step):
             return self._program.value(sample.indices)
+
+    def starting_loss(self, sample: Sample, purpose: str) -> float:
+        """The mean loss at the parameters.
+
+        Raises:
+            ValueError: it is not finite; names the purpose of the sample.
+        """
+        loss = self.loss(sample)
+        if not math.isfinite(loss):
+            raise ValueError(f"{self._caller}: closure: expected a finite loss on the sample of {purpose}, got {loss}")
+        return loss
+
+    def round_off(self, loss: float) -> float:
+        """What two losses of this size may differ by although they are the same."""
+        return 10 * torch.finfo(self.layout.dtype).eps * abs(loss)
 
     def operator(
         self, sample: Sample, curvature: str = "hessian", likelihood: str | Likelihood | None = None

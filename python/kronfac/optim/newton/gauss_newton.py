@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-import torch
-
 from kronfac.curvature import Likelihood
 from kronfac.linalg.lanczos import norm
-from kronfac.optim.newton.base import COMMON_OPTIONS, Check, NewtonOptimizer, NewtonStep, positive, vector
+from kronfac.optim.newton.base import (
+    COMMON_OPTIONS,
+    Check,
+    NewtonOptimizer,
+    NewtonStep,
+    decrease_ratio,
+    positive,
+    vector,
+)
 from kronfac.optim.newton.evaluation import Evaluation, SampleSize
 from kronfac.optim.newton.hessian_free import Trial, best_iterate, next_damping, shortened, solve
 from kronfac.optim.newton.preconditioning import PreconditionerSource, Preconditioning
@@ -201,13 +206,11 @@ class GaussNewtonCG(NewtonOptimizer):
         ratio: float | None = None
         outcome, trial = "no_decrease", Trial(None, 0.0, loss, 0)
         if result.iterates and result.iterates[-1].model_decrease > 0:
-            before = loss if ratio_sample is gradient_sample else self._start(run.loss(ratio_sample))
-            noise = 10 * torch.finfo(run.layout.dtype).eps * abs(before)
-            unresolved = result.iterates[-1].model_decrease <= noise
+            before = loss if ratio_sample is gradient_sample else run.starting_loss(ratio_sample, "the ratio")
+            unresolved = result.iterates[-1].model_decrease <= run.round_off(before)
             chosen = best_iterate(run, ratio_sample, result.iterates[-1:] if unresolved else result.iterates)
             assert chosen.iterate is not None
-            # A loss that is not finite is the worst of all.
-            ratio = (before - chosen.loss) / chosen.iterate.model_decrease if math.isfinite(chosen.loss) else -math.inf
+            ratio = decrease_ratio(before, chosen.loss, chosen.iterate.model_decrease)
             if unresolved:  # ρ is a quotient of rounding errors
                 outcome = "unresolved"
                 trial = chosen if chosen.loss <= before else replace(chosen, length=0.0)
@@ -245,10 +248,3 @@ class GaussNewtonCG(NewtonOptimizer):
         )
         solution = result.iterates[-1].step if result.iterates and options["decay"] else None
         return record, {"damping": following, "solution": solution}
-
-    def _start(self, loss: float) -> float:
-        if not math.isfinite(loss):
-            raise ValueError(
-                f"{self.method}.step: closure: expected a finite loss on the sample of the ratio, got {loss}"
-            )
-        return loss

@@ -7,13 +7,10 @@ and "A Newton-MR algorithm with complexity guarantees for nonconvex smooth uncon
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
-
-import torch
 
 from kronfac.curvature import Likelihood
 from kronfac.linalg.lanczos import norm
@@ -157,7 +154,7 @@ class NewtonMINRES(NewtonOptimizer):
         )
         operator.release()  # the graph is not needed any more, and the line search needs memory of its own
         direction, slope = result.direction, dot(gradient, result.direction)
-        start = loss if sample is gradient_sample else self._start(run.loss(sample))
+        start = loss if sample is gradient_sample else run.starting_loss(sample, "the line search")
         search = armijo(
             lambda length: run.loss(sample, length * direction),
             start,
@@ -166,7 +163,7 @@ class NewtonMINRES(NewtonOptimizer):
             decrease=options["decrease"],
             shrink=options["shrink"],
             max_evaluations=options["max_evaluations"],
-            noise=10 * torch.finfo(run.layout.dtype).eps * abs(start),
+            noise=run.round_off(start),
         )
         moved = search.length > 0
         if moved:
@@ -192,10 +189,3 @@ class NewtonMINRES(NewtonOptimizer):
             line_search_evaluations=search.evaluations,
         )
         return record, values
-
-    def _start(self, loss: float) -> float:
-        if not math.isfinite(loss):
-            raise ValueError(
-                f"{self.method}.step: closure: expected a finite loss on the sample of the line search, got {loss}"
-            )
-        return loss

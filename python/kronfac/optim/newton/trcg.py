@@ -7,13 +7,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-
 from kronfac.curvature import Likelihood
 from kronfac.linalg.lanczos import norm
 from kronfac.linalg.trust_region import TrustRegionResult, trust_region_cg
 from kronfac.optim.newton.attempts import Attempt, AttemptedStep
-from kronfac.optim.newton.base import COMMON_OPTIONS, Check, NewtonOptimizer, positive
+from kronfac.optim.newton.base import COMMON_OPTIONS, Check, NewtonOptimizer, decrease_ratio, positive
 from kronfac.optim.newton.evaluation import Evaluation, SampleSize
 from kronfac.optim.newton.preconditioning import PreconditionerSource, Preconditioning
 from kronfac.optim.newton.radius import CLASSICAL, XU, rule_from
@@ -228,11 +226,10 @@ class TRCG(NewtonOptimizer):
                 attempts.append(_attempt(result, radius, math.nan, None, "no_decrease"))
                 break
             if before is None:
-                before = self._start(run.loss(ratio_sample))
+                before = run.starting_loss(ratio_sample, "the ratio")
             after = run.loss(ratio_sample, result.step)
-            ratio = (before - after) / promised if math.isfinite(after) else -math.inf
-            noise = 10 * torch.finfo(run.layout.dtype).eps * abs(before)
-            if promised <= noise:  # ρ is a quotient of rounding errors
+            ratio = decrease_ratio(before, after, promised)
+            if promised <= run.round_off(before):  # ρ is a quotient of rounding errors
                 attempts.append(_attempt(result, radius, after, ratio, "unresolved"))
                 if after <= before:
                     run.move(result.step)
@@ -269,13 +266,6 @@ class TRCG(NewtonOptimizer):
             ),
             {"radius": radius},
         )
-
-    def _start(self, loss: float) -> float:
-        if not math.isfinite(loss):
-            raise ValueError(
-                f"{self.method}.step: closure: expected a finite loss on the sample of the ratio, got {loss}"
-            )
-        return loss
 
 
 def _attempt(
