@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import json
 import os
 import re
 import signal
+import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -55,6 +58,17 @@ def thread_environment(threads: int) -> dict[str, str]:
     """The environment of a process that is to use so many threads."""
     count = str(threads)
     return os.environ | {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "OPENBLAS_NUM_THREADS": count}
+
+
+def start_worker(module: str, request: Mapping[str, Any], threads: int) -> subprocess.Popen[str]:
+    """A process that runs a module with a request, in JSON, as its only argument; what it says can be read."""
+    return subprocess.Popen(
+        [sys.executable, "-m", module, json.dumps(request)],
+        cwd=ROOT,
+        env=thread_environment(threads),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
 
 
 def last_line(said: str) -> str:

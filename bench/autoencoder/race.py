@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +11,7 @@ from pathlib import Path
 
 from bench.autoencoder.settings import WIDTHS, Setting, grid
 from bench.autoencoder.summary import FINAL, GRID, Record, best, read
-from bench.process import DONE, ROOT, STOPPED, UNAVAILABLE, RunError, last_line, only_one, thread_environment
+from bench.process import DONE, STOPPED, UNAVAILABLE, RunError, last_line, only_one, start_worker
 
 EVALUATIONS = {GRID: 8, FINAL: 40}
 KEPT = 2
@@ -147,13 +145,7 @@ def _run_one(stage: str, setting: Setting, options: Options) -> tuple[int, str]:
         "checkpoint_every": options.checkpoint_every,
         "deadline": options.deadline - GRACE_SECONDS,
     }
-    process = subprocess.Popen(
-        [sys.executable, "-m", "bench.autoencoder.worker", json.dumps(request)],
-        cwd=ROOT,
-        env=thread_environment(options.threads),
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    process = start_worker("bench.autoencoder.worker", request, options.threads)
     try:
         said, _ = process.communicate()
     except KeyboardInterrupt:

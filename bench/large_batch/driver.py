@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench.large_batch.settings import Plan, Setting
-from bench.process import DONE, ROOT, STOPPED, RunError, last_line, only_one, thread_environment
+from bench.process import DONE, STOPPED, RunError, last_line, only_one, start_worker
 
 LEAST_SECONDS = 10.0
 """With less of the budget left no process is started."""
@@ -142,13 +141,7 @@ class _Pool:
             "checkpoint_every": options.checkpoint_every,
             "deadline": options.deadline - GRACE_SECONDS,
         }
-        process = subprocess.Popen(
-            [sys.executable, "-m", "bench.large_batch.worker", json.dumps(request)],
-            cwd=ROOT,
-            env=thread_environment(options.threads),
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        process = start_worker("bench.large_batch.worker", request, options.threads)
         self.running[setting.key] = setting, processors, process
 
     def _end(self, key: str, total: int, began: float) -> None:

@@ -18,6 +18,7 @@ from bench.autoencoder import race, worker
 from bench.autoencoder.command import main
 from bench.autoencoder.settings import GRID, Setting, grid
 from bench.autoencoder.summary import read
+from bench.process import ROOT
 from tests.bench.records import write_record
 from tests.datasets.files import write_mnist
 
@@ -66,7 +67,7 @@ def test_killed_driver_leaves_nothing_that_counts_and_the_next_goes_on(tmp_path:
     command = [sys.executable, "-c", DRIVER, str(tmp_path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
-    driver = subprocess.Popen(command, cwd=race.ROOT, env=environment)
+    driver = subprocess.Popen(command, cwd=ROOT, env=environment)
     wait_for(checkpoint.exists, driver)
     os.kill(driver.pid, signal.SIGKILL)
     driver.wait()
@@ -75,7 +76,7 @@ def test_killed_driver_leaves_nothing_that_counts_and_the_next_goes_on(tmp_path:
     assert not killed.exists(), "the run was over before the kill"
     assert [record.setting for record in read(results, "grid", 0.04)] == [FIRST]
 
-    subprocess.run(command, cwd=race.ROOT, env=environment, check=True)
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
     assert finished.read_bytes() == before, "a finished run is not run again"
     again = json.loads(killed.read_text())
     assert again["segments"] == 2
