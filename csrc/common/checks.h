@@ -67,6 +67,8 @@ inline void check_floating(const char* op, const Arg& arg, const Tensor& t) {
                   ": expected float32, float64, bfloat16 or float16, got ", dtype_name(t));
 }
 
+inline int64_t element_bytes(ScalarType type) { return type == ScalarType::Double ? 8 : is_narrow(type) ? 2 : 4; }
+
 // The type sums are kept in: float64 for float64 input, float32 for everything narrower.
 inline ScalarType accumulation_type(ScalarType input) {
   return input == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
@@ -86,6 +88,19 @@ inline void check_device(const char* op, const Arg& arg, const Tensor& t, const 
 
 inline void check_finite(const char* op, const char* arg, double value) {
   STD_TORCH_CHECK(std::isfinite(value), "kronfac::", op, ": ", arg, ": expected a finite number, got ", value);
+}
+
+// A result must have memory of its own for every entry.
+inline void check_writable(const char* op, const char* arg, const Tensor& t) {
+  for (int64_t i = 0; i < t.dim(); ++i) {
+    STD_TORCH_CHECK(t.size(i) <= 1 || t.stride(i) != 0, "kronfac::", op, ": ", arg,
+                    ": expected a tensor whose elements have memory of their own, got an expanded one; clone it");
+  }
+}
+
+inline void check_weight(const char* op, const char* arg, double value) {
+  STD_TORCH_CHECK(std::isfinite(value) && value >= 0, "kronfac::", op, ": ", arg,
+                  ": expected a finite number >= 0, got ", value);
 }
 
 inline void check_square(const char* op, const Arg& arg, const Tensor& t) {

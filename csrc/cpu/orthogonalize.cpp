@@ -7,13 +7,13 @@
 #include <limits>
 #include <vector>
 
+#include "common/arguments.h"
 #include "cpu/parallel.h"
 #include "cpu/typed.h"
 
 namespace kronfac::cpu {
 namespace {
 
-constexpr const char* kOp = "orthogonalize_";
 // A block of V takes half a megabyte, so that it is still in a second-level cache when it is read again.
 constexpr int64_t kBlockBytes = int64_t{1} << 19;
 constexpr int64_t kNarrowest = 256, kWidest = 8192, kColumnMultiple = 64;
@@ -23,23 +23,6 @@ constexpr int64_t kParts = 64;
 int64_t block_columns(int64_t m, int64_t element_bytes) {
   const int64_t fitting = kBlockBytes / std::max<int64_t>(1, m * element_bytes) / kColumnMultiple * kColumnMultiple;
   return std::clamp(fitting, kNarrowest, kWidest);
-}
-
-// Whether w is, or shares entries with, a row of basis.
-bool overlaps(const Tensor& w, const Tensor& basis, int64_t element_bytes) {
-  const int64_t m = basis.size(0), n = w.size(0), step = w.stride(0);
-  if (m == 0 || n == 0) return false;
-  const std::byte* target = static_cast<const std::byte*>(w.const_data_ptr());
-  const std::byte* rows = static_cast<const std::byte*>(basis.const_data_ptr());
-  for (int64_t i = 0; i < m; ++i) {
-    const std::byte* row = rows + i * basis.stride(0) * element_bytes;
-    const int64_t last_w = (n - 1) * step * element_bytes, last_row = (n - 1) * basis.stride(1) * element_bytes;
-    if (target + last_w < row || row + last_row < target) continue;
-    // Interleaved with equal steps but other offsets, as columns of one matrix, they meet nowhere.
-    const int64_t distance = static_cast<int64_t>(target - row) / element_bytes;
-    if (step != basis.stride(1) || step == 0 || distance % step == 0) return true;
-  }
-  return false;
 }
 
 template <class T>
@@ -106,20 +89,9 @@ void orthogonalize(const Tensor& w, const Tensor& basis, int64_t passes, T* tota
 }
 
 Tensor orthogonalize_(Tensor w, Tensor basis, int64_t passes) {
-  check_dim(kOp, "w", w, 1, "(n,)");
-  check_dim(kOp, "basis", basis, 2, "(m, n)");
-  check_wide(kOp, "w", w);
-  check_dtype(kOp, "basis", basis, w.scalar_type(), "the type of w");
-  check_device(kOp, "basis", basis, w, "w");
+  check_orthogonalize(w, basis, passes);
   const int64_t m = basis.size(0), n = w.size(0);
-  STD_TORCH_CHECK(basis.size(1) == n, "kronfac::", kOp, ": basis: expected shape (m, ", n, ") for w of shape ",
-                  shape_string(w), ", got ", shape_string(basis));
-  STD_TORCH_CHECK(passes >= 1, "kronfac::", kOp, ": passes: expected at least 1, got ", passes);
-  STD_TORCH_CHECK(n <= 1 || w.stride(0) != 0, "kronfac::", kOp,
-                  ": w: expected a tensor whose elements have memory of their own, got an expanded one; clone it");
   const bool wide = w.scalar_type() == ScalarType::Double;
-  STD_TORCH_CHECK(!overlaps(w, basis, wide ? 8 : 4), "kronfac::", kOp,
-                  ": w: expected memory apart from basis, got a vector that shares memory with it; clone it");
   Tensor coefficients = empty_vector(m, w.scalar_type());
   if (m == 0 || n == 0) return torch::stable::zero_(coefficients);
   if (wide) {

@@ -1,10 +1,10 @@
 // out <- decay * out + scale * sum_n (sum_t g_nt [x_nt 1]^T)^2, elementwise squares.
+#include "common/arguments.h"
 #include "cpu/symmetric.h"
 
 namespace kronfac::cpu {
 namespace {
 
-constexpr const char* kOp = "second_moment_";
 // Block of the result that one task forms: sums of 192 x 768 floats, 0.6 MB, stay in a second-level cache while the
 // examples pass by, and an entry is packed once for about 150 of its uses.
 constexpr int64_t kRows = 192, kColumns = 768;
@@ -43,23 +43,7 @@ void second_moment(const Tensor& out, const Tensor& g, const Tensor& x, double d
 }
 
 void second_moment_(Tensor out, Tensor g, Tensor x, bool bias, double decay, double scale) {
-  check_floating(kOp, "g", g);
-  check_dim(kOp, "g", g, 3, "(N, T, o)");
-  check_floating(kOp, "x", x);
-  check_dim(kOp, "x", x, 3, "(N, T, d)");
-  check_dtype(kOp, "x", x, g.scalar_type(), "the type of g");
-  STD_TORCH_CHECK(x.size(0) == g.size(0) && x.size(1) == g.size(1), "kronfac::", kOp, ": x: expected shape (",
-                  g.size(0), ", ", g.size(1), ", d) for g of shape ", shape_string(g), ", got ", shape_string(x));
-  const int64_t rows = g.size(2), columns = x.size(2) + (bias ? 1 : 0);
-  STD_TORCH_CHECK(out.dim() == 2 && out.size(0) == rows && out.size(1) == columns, "kronfac::", kOp,
-                  ": out: expected shape (", rows, ", ", columns, ") for g of shape ", shape_string(g),
-                  " and x of shape ", shape_string(x), bias ? " with bias" : "", ", got ", shape_string(out));
-  check_dtype(kOp, "out", out, accumulation_type(g.scalar_type()), "what second moments of this g come out as");
-  check_device(kOp, "x", x, g, "g");
-  check_device(kOp, "out", out, g, "g");
-  check_weight(kOp, "decay", decay);
-  check_weight(kOp, "scale", scale);
-  check_writable(kOp, "out", out);
+  check_second_moment(out, g, x, bias, decay, scale);
   g = apart_from(out, g);
   x = apart_from(out, x);
   if (out.scalar_type() == ScalarType::Double) {

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "common/overlap.h"
 #include "cpu/parallel.h"
 #include "cpu/typed.h"
 
@@ -22,38 +23,6 @@ struct SymmetricOutput {
 inline SymmetricOutput symmetric_output(const Tensor& out, int64_t groups) {
   const int64_t first = groups > 1 ? 1 : 0;
   return {out, out.size(first), groups, groups > 1 ? out.stride(0) : 0, out.stride(first), out.stride(first + 1)};
-}
-
-// A result must have memory of its own for every entry.
-inline void check_writable(const char* op, const char* arg, const Tensor& t) {
-  for (int64_t i = 0; i < t.dim(); ++i) {
-    STD_TORCH_CHECK(t.size(i) <= 1 || t.stride(i) != 0, "kronfac::", op, ": ", arg,
-                    ": expected a tensor whose elements have memory of their own, got an expanded one; clone it");
-  }
-}
-
-inline void check_weight(const char* op, const char* arg, double value) {
-  STD_TORCH_CHECK(std::isfinite(value) && value >= 0, "kronfac::", op, ": ", arg,
-                  ": expected a finite number >= 0, got ", value);
-}
-
-// The input, or a copy of it where its memory meets that of the output: results are written before all input has been
-// read.
-inline Tensor apart_from(const Tensor& out, const Tensor& input) {
-  const auto range = [](const Tensor& t) {
-    const int64_t size = element_size(element_of(t));
-    int64_t low = 0, high = size;
-    for (int64_t i = 0; i < t.dim(); ++i) {
-      const int64_t extent = (t.size(i) - 1) * t.stride(i) * size;
-      (extent < 0 ? low : high) += extent;
-    }
-    const auto* base = static_cast<const std::byte*>(t.const_data_ptr());
-    return std::pair{base + low, base + high};
-  };
-  if (out.numel() == 0 || input.numel() == 0) return input;
-  const auto [out_low, out_high] = range(out);
-  const auto [in_low, in_high] = range(input);
-  return out_low < in_high && in_low < out_high ? torch::stable::clone(input) : input;
 }
 
 namespace symmetric {
