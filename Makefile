@@ -6,7 +6,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 OUT ?= demo-report
 PY := $(VENV)/bin/python
-CXX_SOURCES := $(shell find csrc \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' \))
+CXX_SOURCES := $(shell find csrc \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \))
 
 .PHONY: help demo test test-slow coverage sanitize lint format build wheel bench docs clean
 help:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from importlib.util import find_spec
 
 import torch
 
 LOADED: dict[str, str] = {}
 """Compiled libraries in use: name to file."""
+FAILED: dict[str, str] = {}
+"""Optional libraries that are there and do not load: name to reason."""
 
 
 def _load(name: str, *, required: bool) -> None:
@@ -23,6 +26,15 @@ def _load(name: str, *, required: bool) -> None:
     try:
         torch.ops.load_library(spec.origin)  # type: ignore[no-untyped-call]
     except OSError as error:
+        if not required:
+            # What runs on the CPU needs nothing of this library; a tensor on the GPU gets the dispatcher's error.
+            FAILED[name] = str(error)
+            warnings.warn(
+                f"kronfac: no operators for CUDA tensors: {spec.origin} does not load into torch {torch.__version__}: "
+                f"{error}. Rebuild kronfac with the CUDA release torch was built with ({torch.version.cuda})",
+                stacklevel=2,
+            )
+            return
         raise ImportError(
             f"kronfac: {spec.origin} does not load into torch {torch.__version__}: {error}. "
             "It needs torch 2.11 or later; upgrade torch or rebuild kronfac against the one installed"

@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from importlib.util import find_spec
 from typing import Any
+
+_NOT_BUILT = "not in this build"
 
 
 def collect() -> dict[str, Any]:
@@ -67,11 +70,15 @@ def _cuda_facts() -> dict[str, Any]:
 
     from kronfac import _library
 
+    present = find_spec("kronfac._ops_cuda") is not None
     if torch.version.cuda is None:
-        return {"torch": "built without CUDA", "operators": "not loaded"}
+        return {"torch": "built without CUDA", "operators": "in this build, not loaded" if present else _NOT_BUILT}
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    state = "loaded" if "_ops_cuda" in _library.LOADED else _NOT_BUILT
+    if "_ops_cuda" in _library.FAILED:
+        state = f"do not load: {_library.FAILED['_ops_cuda']}"
     return {
         "torch": f"CUDA {torch.version.cuda}",
-        "operators": "loaded" if "_ops_cuda" in _library.LOADED else "not in this build",
+        "operators": state,
         "devices": [torch.cuda.get_device_name(index) for index in range(count)] or "none",
     }

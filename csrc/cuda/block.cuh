@@ -1,0 +1,146 @@
+// Kernels as a sequence of phases, so that the same source runs on the GPU and, thread by thread, in the tests of a
+// machine without one.
+//
+// A kernel is a function template over a block of threads. What threads do between two barriers is a phase:
+// block.each([&](int thread, State& state) {...}). On the GPU every thread runs the phase and then waits for the
+// others; on the CPU the phase runs for one thread after another. `state` is what a thread keeps in registers from
+// phase to phase. Everything outside of a phase is the same for all threads of a block.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#define KRONFAC_DEVICE __device__ __forceinline__
+#define KRONFAC_UNROLL _Pragma("unroll")
+#else
+#include <cstring>
+#define KRONFAC_DEVICE inline
+#define KRONFAC_UNROLL
+#endif
+
+namespace kronfac::cuda {
+
+#if defined(__CUDACC__)
+template <class State_>
+struct DeviceBlock {
+  using State = State_;
+  State state;
+
+  template <class Phase>
+  __device__ __forceinline__ void each(const Phase& phase) {
+    phase(static_cast<int>(threadIdx.x), state);
+    __syncthreads();
+  }
+
+  // value(state) of every thread := the sum over the 32 threads of its warp, in a fixed order.
+  template <class Value>
+  __device__ __forceinline__ void warp_sum(const Value& value) {
+    double& mine = value(state);
+    KRONFAC_UNROLL
+    for (int distance = 16; distance > 0; distance /= 2) mine += __shfl_xor_sync(0xffffffffu, mine, distance);
+  }
+};
+#else
+template <class State_, int kThreads>
+struct HostBlock {
+  using State = State_;
+  State state[kThreads];
+
+  template <class Phase>
+  void each(const Phase& phase) {
+    for (int thread = 0; thread < kThreads; ++thread) phase(thread, state[thread]);
+  }
+
+  template <class Value>
+  void warp_sum(const Value& value) {
+    for (int first = 0; first < kThreads; first += 32) {
+      for (int distance = 16; distance > 0; distance /= 2) {
+        double old[32];
+        for (int lane = 0; lane < 32; ++lane) old[lane] = value(state[first + lane]);
+        for (int lane = 0; lane < 32; ++lane) value(state[first + lane]) += old[lane ^ distance];
+      }
+    }
+  }
+};
+#endif
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+// Numbers as they lie in memory, in the type that sums are kept in.
+template <class T>
+KRONFAC_DEVICE T widened(float x) {
+  return static_cast<T>(x);
+}
+template <class T>
+KRONFAC_DEVICE T widened(double x) {
+  return static_cast<T>(x);
+}
+#if defined(__CUDACC__)
+template <class T>
+KRONFAC_DEVICE T widened(BFloat16 x) {
+  return static_cast<T>(__uint_as_float(static_cast<uint32_t>(x.bits) << 16));
+}
+template <class T>
+KRONFAC_DEVICE T widened(Half x) {
+  return static_cast<T>(__half2float(__ushort_as_half(x.bits)));
+}
+#else
+template <class T>
+T widened(BFloat16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return static_cast<T>(value);
+}
+template <class T>
+T widened(Half x) {
+  _Float16 value;
+  std::memcpy(&value, &x.bits, sizeof value);
+  return static_cast<T>(value);
+}
+#endif
+
+// Rounded to nearest.
+template <class Out, class T>
+struct Narrowed {
+  KRONFAC_DEVICE static Out of(T x) { return static_cast<Out>(x); }
+};
+#if defined(__CUDACC__)
+template <class T>
+struct Narrowed<BFloat16, T> {
+  KRONFAC_DEVICE static BFloat16 of(T x) { return {__bfloat16_as_ushort(__float2bfloat16_rn(static_cast<float>(x)))}; }
+};
+template <class T>
+struct Narrowed<Half, T> {
+  KRONFAC_DEVICE static Half of(T x) { return {__half_as_ushort(__float2half_rn(static_cast<float>(x)))}; }
+};
+#else
+template <class T>
+struct Narrowed<BFloat16, T> {
+  static BFloat16 of(T x) {
+    const float value = static_cast<float>(x);
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    if (value != value) return {0x7fff};
+    return {static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
+  }
+};
+template <class T>
+struct Narrowed<Half, T> {
+  static Half of(T x) {
+    const _Float16 value = static_cast<_Float16>(static_cast<float>(x));
+    Half half;
+    std::memcpy(&half.bits, &value, sizeof value);
+    return half;
+  }
+};
+#endif
+
+}  // namespace kronfac::cuda

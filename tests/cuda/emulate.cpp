@@ -1,0 +1,52 @@
+// The kernel templates of csrc/cuda, run thread by thread on the CPU: the source that nvcc compiles, with plain loops
+// in place of the launches. Element types are numbered as in cuda/launch.h.
+#include <memory>
+
+#include "cuda/second_moment.cuh"
+
+using namespace kronfac::cuda;
+
+namespace {
+
+template <class In, class T, bool kSingle>
+void second_moment_blocks(const SecondMoment& p) {
+  using Tile = typename SecondMomentTile<T>::Tile;
+  const auto shared = std::make_unique<typename Tile::Shared>();
+  const auto block = std::make_unique<HostBlock<SecondMomentState<T>, Tile::kThreads>>();
+  for (int64_t row = 0; row * Tile::kRows < p.outputs; ++row) {
+    for (int64_t column = 0; column * Tile::kColumns < p.columns(); ++column) {
+      for (int64_t part = 0; part < p.parts; ++part) {
+        second_moment_tile<In, T, kSingle>(*block, *shared, p, row, column, part);
+      }
+    }
+  }
+  if (p.parts == 1) return;
+  for (int64_t i = 0; i < (p.outputs * p.columns() + 255) / 256 * 256; ++i) second_moment_entry<T>(p, i);
+}
+
+template <class In, class T>
+void second_moment_of(const SecondMoment& p) {
+  p.positions == 1 ? second_moment_blocks<In, T, true>(p) : second_moment_blocks<In, T, false>(p);
+}
+
+}  // namespace
+
+// sizes: examples, positions, outputs, inputs; strides: 3 of g, 3 of x, 2 of out. Returns the parts it was cut into.
+extern "C" int64_t emulate_second_moment(int type, const void* g, const void* x, void* out, const int64_t* sizes,
+                                         const int64_t* strides, bool bias, double decay, double scale) {
+  SecondMoment p{};
+  p.type = static_cast<Element>(type), p.g = g, p.x = x, p.out = out;
+  p.examples = sizes[0], p.positions = sizes[1], p.outputs = sizes[2], p.inputs = sizes[3];
+  p.g_example = strides[0], p.g_position = strides[1], p.g_feature = strides[2];
+  p.x_example = strides[3], p.x_position = strides[4], p.x_feature = strides[5];
+  p.out_row = strides[6], p.out_column = strides[7];
+  p.bias = bias, p.decay = decay, p.scale = scale;
+  p.parts = second_moment_parts(p);
+  const std::unique_ptr<double[]> partial(new double[static_cast<size_t>(p.parts * p.outputs * p.columns())]);
+  p.partial = partial.get();
+  if (p.type == Element::f32) second_moment_of<float, float>(p);
+  if (p.type == Element::f64) second_moment_of<double, double>(p);
+  if (p.type == Element::bf16) second_moment_of<BFloat16, float>(p);
+  if (p.type == Element::f16) second_moment_of<Half, float>(p);
+  return p.parts;
+}

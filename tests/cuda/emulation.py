@@ -1,0 +1,56 @@
+"""Builds tests/cuda/emulate.cpp with the machine's C++ compiler and calls it on tensors of the CPU."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("emulate.cpp")
+INCLUDE = SOURCE.parents[2] / "csrc"
+TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+"""As `Element` of csrc/cuda/launch.h."""
+
+
+@functools.cache
+def library() -> Any:
+    """The emulated kernels, compiled anew in each process; the test is skipped where there is no compiler."""
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "emulate.so"
+        command = [compiler, "-std=c++20", "-O2", "-fno-strict-aliasing", "-shared", "-fPIC", f"-I{INCLUDE}"]
+        result = subprocess.run([*command, str(SOURCE), "-o", str(target)], capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+        return ctypes.CDLL(str(target))
+
+
+def pointer(tensor: Tensor) -> ctypes.c_void_p:
+    """The address of a tensor's first entry."""
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def integers(*values: int) -> Any:
+    """An array of 64-bit integers."""
+    return (ctypes.c_int64 * len(values))(*values)
+
+
+def second_moment_(out: Tensor, g: Tensor, x: Tensor, bias: bool, decay: float, scale: float) -> int:
+    """`kronfac.ops.second_moment_` by the GPU's kernels; returns the number of parts the examples were cut into."""
+    function = library().emulate_second_moment
+    function.restype = ctypes.c_int64
+    sizes = integers(*g.shape, x.shape[2])
+    strides = integers(*g.stride(), *x.stride(), *out.stride())
+    numbers = ctypes.c_bool(bias), ctypes.c_double(decay), ctypes.c_double(scale)
+    parts: int = function(TYPES[g.dtype], pointer(g), pointer(x), pointer(out), sizes, strides, *numbers)
+    return parts
