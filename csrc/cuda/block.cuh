@@ -14,10 +14,13 @@
 #include <cuda_fp16.h>
 #define KRONFAC_DEVICE __device__ __forceinline__
 #define KRONFAC_UNROLL _Pragma("unroll")
+#define KRONFAC_PRAGMA(text) _Pragma(#text)
+#define KRONFAC_UNROLL_BY(n) KRONFAC_PRAGMA(unroll n)
 #else
 #include <cstring>
 #define KRONFAC_DEVICE inline
 #define KRONFAC_UNROLL
+#define KRONFAC_UNROLL_BY(n)
 #endif
 
 namespace kronfac::cuda {
@@ -32,6 +35,12 @@ struct DeviceBlock {
   __device__ __forceinline__ void each(const Phase& phase) {
     phase(static_cast<int>(threadIdx.x), state);
     __syncthreads();
+  }
+
+  // A phase whose results no other thread of the block reads, but perhaps warp_sum: no barrier.
+  template <class Phase>
+  __device__ __forceinline__ void each_warp(const Phase& phase) {
+    phase(static_cast<int>(threadIdx.x), state);
   }
 
   // value(state) of every thread := the sum over the 32 threads of its warp, in a fixed order.
@@ -51,6 +60,10 @@ struct HostBlock {
   template <class Phase>
   void each(const Phase& phase) {
     for (int thread = 0; thread < kThreads; ++thread) phase(thread, state[thread]);
+  }
+  template <class Phase>
+  void each_warp(const Phase& phase) {
+    each(phase);
   }
 
   template <class Value>

@@ -1,7 +1,9 @@
 // The kernel templates of csrc/cuda, run thread by thread on the CPU: the source that nvcc compiles, with plain loops
 // in place of the launches. Element types are numbered as in cuda/launch.h.
 #include <memory>
+#include <vector>
 
+#include "cuda/orthogonalize.cuh"
 #include "cuda/second_moment.cuh"
 
 using namespace kronfac::cuda;
@@ -29,6 +31,20 @@ void second_moment_of(const SecondMoment& p) {
   p.positions == 1 ? second_moment_blocks<In, T, true>(p) : second_moment_blocks<In, T, false>(p);
 }
 
+template <class T>
+void orthogonalize_of(const Orthogonalize& p) {
+  HostBlock<OrthogonalizeState, kOrthogonalizeThreads> block;
+  HostBlock<OrthogonalizeState, 32> warp;
+  OrthogonalizeShared<T> shared;
+  for (int64_t sweep = 0; sweep <= p.passes; ++sweep) {
+    for (int64_t i = 0; i < p.blocks; ++i) {
+      orthogonalize_sweep<T>(block, shared, p, i, sweep > 0, sweep < p.passes);
+    }
+    if (sweep == p.passes) return;
+    for (int64_t i = 0; i < p.m; ++i) orthogonalize_coefficient<T>(warp, p, i, sweep == 0);
+  }
+}
+
 }  // namespace
 
 // sizes: examples, positions, outputs, inputs; strides: 3 of g, 3 of x, 2 of out. Returns the parts it was cut into.
@@ -49,4 +65,19 @@ extern "C" int64_t emulate_second_moment(int type, const void* g, const void* x,
   if (p.type == Element::bf16) second_moment_of<BFloat16, float>(p);
   if (p.type == Element::f16) second_moment_of<Half, float>(p);
   return p.parts;
+}
+
+// sizes: m, n, passes; strides: of w, 2 of v. Returns the number of blocks of columns.
+extern "C" int64_t emulate_orthogonalize(int type, void* w, const void* v, void* coefficients, const int64_t* sizes,
+                                         const int64_t* strides) {
+  Orthogonalize p{};
+  p.type = static_cast<Element>(type), p.w = w, p.v = v, p.coefficients = coefficients;
+  p.m = sizes[0], p.n = sizes[1], p.passes = sizes[2];
+  p.w_stride = strides[0], p.row_stride = strides[1], p.column_stride = strides[2];
+  p.width = orthogonalize_width(p.m, p.type == Element::f64 ? 8 : 4);
+  p.blocks = (p.n + p.width - 1) / p.width;
+  std::vector<double> memory(static_cast<size_t>(p.m * (p.blocks + 2)));
+  p.latest = memory.data(), p.total = p.latest + p.m, p.partial = p.total + p.m;
+  p.type == Element::f64 ? orthogonalize_of<double>(p) : orthogonalize_of<float>(p);
+  return p.blocks;
 }

@@ -54,3 +54,13 @@ def second_moment_(out: Tensor, g: Tensor, x: Tensor, bias: bool, decay: float, 
     numbers = ctypes.c_bool(bias), ctypes.c_double(decay), ctypes.c_double(scale)
     parts: int = function(TYPES[g.dtype], pointer(g), pointer(x), pointer(out), sizes, strides, *numbers)
     return parts
+
+
+def orthogonalize_(w: Tensor, basis: Tensor, passes: int) -> tuple[Tensor, int]:
+    """`kronfac.ops.orthogonalize_` by the GPU's kernels, and the number of blocks the columns were cut into."""
+    function = library().emulate_orthogonalize
+    function.restype = ctypes.c_int64
+    coefficients = w.new_full((basis.shape[0],), float("nan"))
+    sizes, strides = integers(*basis.shape, passes), integers(*w.stride(), *basis.stride())
+    blocks: int = function(TYPES[w.dtype], pointer(w), pointer(basis), pointer(coefficients), sizes, strides)
+    return coefficients, blocks
