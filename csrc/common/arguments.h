@@ -44,4 +44,15 @@ inline void check_orthogonalize(const Tensor& w, const Tensor& basis, int64_t pa
                   ": w: expected memory apart from basis, got a vector that shares memory with it; clone it");
 }
 
+inline void check_damped_inverse(const std::vector<Tensor>& factors, const Tensor& damping) {
+  constexpr const char* kOp = "damped_inverse";
+  check_wide(kOp, "damping", damping);
+  for (size_t i = 0; i < factors.size(); ++i) {
+    check_square(kOp, item("factors", i), factors[i]);
+    check_dtype(kOp, item("factors", i), factors[i], damping.scalar_type(), "the type of damping");
+    check_device(kOp, item("factors", i), factors[i], damping, "damping");
+  }
+  check_damping_shape(kOp, damping, factors.size());
+}
+
 }  // namespace kronfac

@@ -115,4 +115,10 @@ inline void check_length(const char* op, const char* arg, const std::vector<Tens
                   " tensors, one for each of ", reference_arg, ", got ", list.size());
 }
 
+inline void check_damping_shape(const char* op, const Tensor& damping, size_t count) {
+  STD_TORCH_CHECK(damping.dim() == 0 || (damping.dim() == 1 && damping.size(0) == static_cast<int64_t>(count)),
+                  "kronfac::", op, ": damping: expected shape (", count, ",), one value for each matrix, or (), got ",
+                  shape_string(damping));
+}
+
 }  // namespace kronfac

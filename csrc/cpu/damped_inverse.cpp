@@ -2,6 +2,7 @@
 #include <limits>
 #include <tuple>
 
+#include "common/arguments.h"
 #include "cpu/inverse_sweep.h"
 #include "cpu/typed.h"
 
@@ -104,12 +105,7 @@ void invert_all(const std::vector<Tensor>& factors, const std::vector<double>& d
 }
 
 std::tuple<std::vector<Tensor>, Tensor> damped_inverse(std::vector<Tensor> factors, Tensor damping) {
-  check_wide(kOp, "damping", damping);
-  for (size_t i = 0; i < factors.size(); ++i) {
-    check_square(kOp, item("factors", i), factors[i]);
-    check_dtype(kOp, item("factors", i), factors[i], damping.scalar_type(), "the type of damping");
-    check_device(kOp, item("factors", i), factors[i], damping, "damping");
-  }
+  check_damped_inverse(factors, damping);
   const std::vector<double> values = read_damping(kOp, damping, factors.size());
 
   std::vector<Tensor> inverses;

@@ -121,9 +121,7 @@ inline kernels::Matrix matrix_of(const Tensor& t) {
 
 // Checks a damping tensor and returns its values: one for each of `count` matrices, or one for all.
 inline std::vector<double> read_damping(const char* op, const Tensor& damping, size_t count) {
-  STD_TORCH_CHECK(damping.dim() == 0 || (damping.dim() == 1 && damping.size(0) == static_cast<int64_t>(count)),
-                  "kronfac::", op, ": damping: expected shape (", count, ",), one value for each matrix, or (), got ",
-                  shape_string(damping));
+  check_damping_shape(op, damping, count);
   const int64_t stride = damping.dim() == 0 ? 0 : damping.stride(0);
   std::vector<double> values(count);
   for (size_t i = 0; i < count; ++i) {

@@ -3,6 +3,7 @@
 #include <memory>
 #include <vector>
 
+#include "cuda/damped_inverse.cuh"
 #include "cuda/orthogonalize.cuh"
 #include "cuda/second_moment.cuh"
 
@@ -45,6 +46,51 @@ void orthogonalize_of(const Orthogonalize& p) {
   }
 }
 
+template <class T>
+struct EmulatedLaunches {
+  const InverseBatch& batch;
+  HostBlock<NoState, kInverseThreads>& plain;
+  HostBlock<InverseState<T>, kInverseThreads>& tiled;
+  typename InverseTile<T>::Shared& shared;
+  std::vector<double>& memory;
+
+  // Blocks of a launch in either direction: their order must not matter.
+  template <class F>
+  static void each(int32_t blocks, const F& f) {
+    for (int32_t i = blocks; i > 0; --i) f(i - 1);
+  }
+  void small(int32_t blocks) const {
+    each(blocks, [&](int32_t i) { small_inverse<T>(plain, memory.data(), batch, i); });
+  }
+  void load(int32_t blocks) const {
+    each(blocks, [&](int32_t i) { inverse_load<T>(plain, batch, i); });
+  }
+  void pivots(int32_t blocks, int32_t step) const {
+    each(blocks, [&](int32_t i) { inverse_pivots<T>(plain, memory.data(), batch, i, step); });
+  }
+  void panel(int32_t blocks, int32_t step) const {
+    each(blocks, [&](int32_t i) { inverse_panel<T>(tiled, shared, batch, i, step); });
+  }
+  void update(int32_t blocks, int32_t step) const {
+    each(blocks, [&](int32_t i) { inverse_update<T>(tiled, shared, batch, i, step); });
+  }
+  void finish(int32_t blocks) const {
+    each(blocks, [&](int32_t i) { inverse_finish<T>(plain, batch, i); });
+  }
+  void poison(int32_t blocks) const {
+    each(blocks, [&](int32_t i) { inverse_poison<T>(plain, batch, i); });
+  }
+};
+
+template <class T>
+void damped_inverse_of(InverseBatch& batch) {
+  HostBlock<NoState, kInverseThreads> plain;
+  const auto tiled = std::make_unique<HostBlock<InverseState<T>, kInverseThreads>>();
+  const auto shared = std::make_unique<typename InverseTile<T>::Shared>();
+  std::vector<double> memory(static_cast<size_t>(sweep_bytes(kSmallOrder)) / sizeof(double));
+  inverse_launches(batch, EmulatedLaunches<T>{batch, plain, *tiled, *shared, memory});
+}
+
 }  // namespace
 
 // sizes: examples, positions, outputs, inputs; strides: 3 of g, 3 of x, 2 of out. Returns the parts it was cut into.
@@ -80,4 +126,19 @@ extern "C" int64_t emulate_orthogonalize(int type, void* w, const void* v, void*
   p.latest = memory.data(), p.total = p.latest + p.m, p.partial = p.total + p.m;
   p.type == Element::f64 ? orthogonalize_of<double>(p) : orthogonalize_of<float>(p);
   return p.blocks;
+}
+
+// One batch, all orders n[i] above kSmallOrder or none, descending; strides: 2 of each f.
+extern "C" void emulate_damped_inverse(int type, int32_t count, const void* const* f, const int64_t* strides,
+                                       const int64_t* n, void* const* x, const void* damping, int64_t damping_stride,
+                                       int32_t* info) {
+  InverseBatch batch{};
+  batch.damping = damping, batch.damping_stride = damping_stride, batch.info = info;
+  std::vector<std::vector<double>> memory;
+  for (int32_t i = 0; i < count; ++i) {
+    memory.emplace_back(static_cast<size_t>(inverse_work(n[i])));
+    batch.problem[batch.count++] = {f[i], strides[2 * i], strides[2 * i + 1], x[i], memory.back().data(), int32_t(n[i]),
+                                    i};
+  }
+  static_cast<Element>(type) == Element::f64 ? damped_inverse_of<double>(batch) : damped_inverse_of<float>(batch);
 }

@@ -64,3 +64,22 @@ def orthogonalize_(w: Tensor, basis: Tensor, passes: int) -> tuple[Tensor, int]:
     sizes, strides = integers(*basis.shape, passes), integers(*w.stride(), *basis.stride())
     blocks: int = function(TYPES[w.dtype], pointer(w), pointer(basis), pointer(coefficients), sizes, strides)
     return coefficients, blocks
+
+
+def damped_inverse(factors: list[Tensor], damping: Tensor) -> tuple[list[Tensor], Tensor]:
+    """One batch of `kronfac.ops.damped_inverse` by the GPU's kernels, factors by descending order."""
+    count = len(factors)
+    inverses = [f.new_full(f.shape, float("nan")) for f in factors]
+    info = torch.zeros(count, dtype=torch.int32)
+
+    def pointers(tensors: list[Tensor]) -> Any:
+        return (ctypes.c_void_p * count)(*(tensor.data_ptr() for tensor in tensors))
+
+    strides = integers(*(stride for f in factors for stride in f.stride()))
+    orders = integers(*(len(f) for f in factors))
+    step = ctypes.c_int64(damping.stride(0) if damping.dim() else 0)
+    library().emulate_damped_inverse(
+        TYPES[damping.dtype], count, pointers(factors), strides, orders, pointers(inverses), pointer(damping), step,
+        pointer(info),
+    )  # fmt: skip
+    return inverses, info
