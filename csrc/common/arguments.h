@@ -55,4 +55,64 @@ inline void check_damped_inverse(const std::vector<Tensor>& factors, const Tenso
   check_damping_shape(kOp, damping, factors.size());
 }
 
+// Checks grads[i] (o, i) against a left (o, o) and a right (i, i) matrix, all of one floating type except that grads
+// may be bfloat16 or float16 beside float32.
+inline void check_layer(const char* op, size_t at, const Tensor& grad, const char* left_name, const Tensor& left,
+                        const char* right_name, const Tensor& right, const Tensor& first, const char* first_name) {
+  const Arg grad_arg = item("grads", at), left_arg = item(left_name, at), right_arg = item(right_name, at);
+  check_dim(op, grad_arg, grad, 2, "(out, in)");
+  check_floating(op, grad_arg, grad);
+  check_square(op, left_arg, left);
+  check_square(op, right_arg, right);
+  check_dtype(op, left_arg, left, first.scalar_type(), TypeOf{first_name});
+  check_dtype(op, right_arg, right, first.scalar_type(), TypeOf{first_name});
+  STD_TORCH_CHECK(grad.scalar_type() == first.scalar_type() ||
+                      (is_narrow(grad.scalar_type()) && first.scalar_type() == ScalarType::Float),
+                  "kronfac::", op, ": ", grad_arg, ": expected ", dtype_name(first), " (the type of ", first_name,
+                  first.scalar_type() == ScalarType::Float ? "), bfloat16 or float16, got " : "), got ",
+                  dtype_name(grad));
+  check_device(op, grad_arg, grad, first, first_name);
+  check_device(op, left_arg, left, first, first_name);
+  check_device(op, right_arg, right, first, first_name);
+  STD_TORCH_CHECK(left.size(0) == grad.size(0), "kronfac::", op, ": ", left_arg, ": expected shape (", grad.size(0),
+                  ", ", grad.size(0), ") for ", grad_arg, " of shape ", shape_string(grad), ", got ",
+                  shape_string(left));
+  STD_TORCH_CHECK(right.size(0) == grad.size(1), "kronfac::", op, ": ", right_arg, ": expected shape (", grad.size(1),
+                  ", ", grad.size(1), ") for ", grad_arg, " of shape ", shape_string(grad), ", got ",
+                  shape_string(right));
+}
+
+inline void check_kron_precondition(const std::vector<Tensor>& grads, const std::vector<Tensor>& left,
+                                    const std::vector<Tensor>& right) {
+  constexpr const char* kOp = "kron_precondition";
+  check_length(kOp, "left", left, grads.size(), "grads");
+  check_length(kOp, "right", right, grads.size(), "grads");
+  for (size_t l = 0; l < grads.size(); ++l) {
+    check_wide(kOp, item("left", l), left[l]);
+    check_layer(kOp, l, grads[l], "left", left[l], "right", right[l], left[0], "left[0]");
+  }
+}
+
+inline void check_eigen_precondition(const std::vector<Tensor>& grads, const std::vector<Tensor>& left_vectors,
+                                     const std::vector<Tensor>& right_vectors, const std::vector<Tensor>& eigenvalues,
+                                     const Tensor& damping) {
+  constexpr const char* kOp = "eigen_precondition";
+  check_wide(kOp, "damping", damping);
+  check_length(kOp, "left_vectors", left_vectors, grads.size(), "grads");
+  check_length(kOp, "right_vectors", right_vectors, grads.size(), "grads");
+  check_length(kOp, "eigenvalues", eigenvalues, grads.size(), "grads");
+  for (size_t l = 0; l < grads.size(); ++l) {
+    check_layer(kOp, l, grads[l], "left_vectors", left_vectors[l], "right_vectors", right_vectors[l], damping,
+                "damping");
+    const Arg arg = item("eigenvalues", l);
+    check_dim(kOp, arg, eigenvalues[l], 2, "(out, in)");
+    check_dtype(kOp, arg, eigenvalues[l], damping.scalar_type(), "the type of damping");
+    check_device(kOp, arg, eigenvalues[l], damping, "damping");
+    STD_TORCH_CHECK(eigenvalues[l].size(0) == grads[l].size(0) && eigenvalues[l].size(1) == grads[l].size(1),
+                    "kronfac::", kOp, ": ", arg, ": expected the shape of ", item("grads", l), " ",
+                    shape_string(grads[l]), ", got ", shape_string(eigenvalues[l]));
+  }
+  check_damping_shape(kOp, damping, grads.size());
+}
+
 }  // namespace kronfac

@@ -99,23 +99,9 @@ void precondition(const std::vector<Tensor>& grads, const std::vector<Tensor>& l
 std::tuple<std::vector<Tensor>, Tensor> eigen_precondition(std::vector<Tensor> grads, std::vector<Tensor> left_vectors,
                                                            std::vector<Tensor> right_vectors,
                                                            std::vector<Tensor> eigenvalues, Tensor damping) {
-  check_wide(kOp, "damping", damping);
-  check_length(kOp, "left_vectors", left_vectors, grads.size(), "grads");
-  check_length(kOp, "right_vectors", right_vectors, grads.size(), "grads");
-  check_length(kOp, "eigenvalues", eigenvalues, grads.size(), "grads");
-  std::vector<Tensor> out;
-  for (size_t l = 0; l < grads.size(); ++l) {
-    check_layer(kOp, l, grads[l], "left_vectors", left_vectors[l], "right_vectors", right_vectors[l], damping,
-                "damping");
-    const Arg arg = item("eigenvalues", l);
-    check_dim(kOp, arg, eigenvalues[l], 2, "(out, in)");
-    check_dtype(kOp, arg, eigenvalues[l], damping.scalar_type(), "the type of damping");
-    check_device(kOp, arg, eigenvalues[l], damping, "damping");
-    STD_TORCH_CHECK(eigenvalues[l].size(0) == grads[l].size(0) && eigenvalues[l].size(1) == grads[l].size(1),
-                    "kronfac::", kOp, ": ", arg, ": expected the shape of ", item("grads", l), " ",
-                    shape_string(grads[l]), ", got ", shape_string(eigenvalues[l]));
-  }
+  check_eigen_precondition(grads, left_vectors, right_vectors, eigenvalues, damping);
   const std::vector<double> values = read_damping(kOp, damping, grads.size());
+  std::vector<Tensor> out;
   for (const Tensor& grad : grads) out.push_back(empty_matrix(grad.size(0), grad.size(1), grad.scalar_type()));
   const Tensor dots = empty_vector(static_cast<int64_t>(grads.size()), damping.scalar_type());
   if (damping.scalar_type() == ScalarType::Double) {

@@ -6,8 +6,6 @@
 namespace kronfac::cpu {
 namespace {
 
-constexpr const char* kOp = "kron_precondition";
-
 template <class T>
 void precondition(const std::vector<Tensor>& grads, const std::vector<Tensor>& left, const std::vector<Tensor>& right,
                   const std::vector<Tensor>& out, T* dots) {
@@ -54,13 +52,8 @@ void precondition(const std::vector<Tensor>& grads, const std::vector<Tensor>& l
 
 std::tuple<std::vector<Tensor>, Tensor> kron_precondition(std::vector<Tensor> grads, std::vector<Tensor> left,
                                                           std::vector<Tensor> right) {
-  check_length(kOp, "left", left, grads.size(), "grads");
-  check_length(kOp, "right", right, grads.size(), "grads");
+  check_kron_precondition(grads, left, right);
   std::vector<Tensor> out;
-  for (size_t l = 0; l < grads.size(); ++l) {
-    check_wide(kOp, item("left", l), left[l]);
-    check_layer(kOp, l, grads[l], "left", left[l], "right", right[l], left[0], "left[0]");
-  }
   for (const Tensor& grad : grads) out.push_back(empty_matrix(grad.size(0), grad.size(1), grad.scalar_type()));
   const ScalarType type = left.empty() ? ScalarType::Float : left[0].scalar_type();
   const Tensor dots = empty_vector(static_cast<int64_t>(grads.size()), type);

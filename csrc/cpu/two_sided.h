@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "common/arguments.h"
 #include "cpu/parallel.h"
 #include "cpu/typed.h"
 
@@ -122,33 +123,6 @@ void two_sided(const Kernels<T>& kernels, const Slice& slice, const Layer& layer
     kernels.gemm(w, i, o, 1, shifted(left, slice.lo, 0, size), grad, 0, inner, i, {}, across, gemm_scratch);
     kernels.gemm(w, i, i, 1, dense(inner, i), right, 0, c, ldc, {}, along, gemm_scratch);
   }
-}
-
-// Checks grads[i] (o, i) against a left (o, o) and a right (i, i) matrix, all of one floating type except that grads
-// may be bfloat16 or float16 beside float32.
-inline void check_layer(const char* op, size_t at, const Tensor& grad, const char* left_name, const Tensor& left,
-                        const char* right_name, const Tensor& right, const Tensor& first, const char* first_name) {
-  const Arg grad_arg = item("grads", at), left_arg = item(left_name, at), right_arg = item(right_name, at);
-  check_dim(op, grad_arg, grad, 2, "(out, in)");
-  check_floating(op, grad_arg, grad);
-  check_square(op, left_arg, left);
-  check_square(op, right_arg, right);
-  check_dtype(op, left_arg, left, first.scalar_type(), TypeOf{first_name});
-  check_dtype(op, right_arg, right, first.scalar_type(), TypeOf{first_name});
-  STD_TORCH_CHECK(grad.scalar_type() == first.scalar_type() ||
-                      (is_narrow(grad.scalar_type()) && first.scalar_type() == ScalarType::Float),
-                  "kronfac::", op, ": ", grad_arg, ": expected ", dtype_name(first), " (the type of ", first_name,
-                  first.scalar_type() == ScalarType::Float ? "), bfloat16 or float16, got " : "), got ",
-                  dtype_name(grad));
-  check_device(op, grad_arg, grad, first, first_name);
-  check_device(op, left_arg, left, first, first_name);
-  check_device(op, right_arg, right, first, first_name);
-  STD_TORCH_CHECK(left.size(0) == grad.size(0), "kronfac::", op, ": ", left_arg, ": expected shape (", grad.size(0),
-                  ", ", grad.size(0), ") for ", grad_arg, " of shape ", shape_string(grad), ", got ",
-                  shape_string(left));
-  STD_TORCH_CHECK(right.size(0) == grad.size(1), "kronfac::", op, ": ", right_arg, ": expected shape (", grad.size(1),
-                  ", ", grad.size(1), ") for ", grad_arg, " of shape ", shape_string(grad), ", got ",
-                  shape_string(right));
 }
 
 }  // namespace kronfac::cpu

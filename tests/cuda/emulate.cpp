@@ -5,6 +5,7 @@
 
 #include "cuda/damped_inverse.cuh"
 #include "cuda/orthogonalize.cuh"
+#include "cuda/precondition.cuh"
 #include "cuda/second_moment.cuh"
 
 using namespace kronfac::cuda;
@@ -91,6 +92,24 @@ void damped_inverse_of(InverseBatch& batch) {
   inverse_launches(batch, EmulatedLaunches<T>{batch, plain, *tiled, *shared, memory});
 }
 
+template <Finish kFinish, class B, class Grad, class T>
+void product_blocks(const ProductBatch& batch) {
+  const auto block = std::make_unique<HostBlock<ProductState<T>, kProductThreads>>();
+  const auto shared = std::make_unique<ProductShared<T>>();
+  for (int32_t i = batch.first[batch.count]; i > 0; --i) {
+    product_tile<kFinish, B, Grad, T>(*block, *shared, batch, i - 1);
+  }
+}
+
+template <class Grad, class T>
+void product_of(const ProductBatch& batch, Finish finish, bool b_grad) {
+  if (finish == Finish::store && b_grad) product_blocks<Finish::store, Grad, T, T>(batch);
+  if (finish == Finish::store && !b_grad) product_blocks<Finish::store, T, T, T>(batch);
+  if (finish == Finish::dot) product_blocks<Finish::dot, T, Grad, T>(batch);
+  if (finish == Finish::divide) product_blocks<Finish::divide, T, T, T>(batch);
+  if (finish == Finish::rounded) product_blocks<Finish::rounded, T, Grad, T>(batch);
+}
+
 }  // namespace
 
 // sizes: examples, positions, outputs, inputs; strides: 3 of g, 3 of x, 2 of out. Returns the parts it was cut into.
@@ -141,4 +160,38 @@ extern "C" void emulate_damped_inverse(int type, int32_t count, const void* cons
                                     i};
   }
   static_cast<Element>(type) == Element::f64 ? damped_inverse_of<double>(batch) : damped_inverse_of<float>(batch);
+}
+
+// One launch over `count` layers, and the sums of it. pointers: a, b, c, other of each; strides: 2 of a, b, other of
+// each; sizes: m, n, k of each.
+extern "C" void emulate_product(int grad, bool wide, int finish, bool b_grad, int32_t count, void* const* pointers,
+                                const int64_t* strides, const int64_t* sizes, const void* damping,
+                                int64_t damping_stride, void* dots) {
+  ProductBatch batch{};
+  batch.damping = damping, batch.damping_stride = damping_stride;
+  for (int32_t i = 0; i < count; ++i) {
+    Product& p = batch.problem[batch.count++];
+    p.a = pointers[4 * i], p.b = pointers[4 * i + 1], p.c = pointers[4 * i + 2], p.other = pointers[4 * i + 3];
+    p.a_row = strides[6 * i], p.a_k = strides[6 * i + 1], p.b_k = strides[6 * i + 2], p.b_column = strides[6 * i + 3];
+    p.other_row = strides[6 * i + 4], p.other_column = strides[6 * i + 5];
+    p.m = int32_t(sizes[3 * i]), p.n = int32_t(sizes[3 * i + 1]), p.k = int32_t(sizes[3 * i + 2]), p.index = i;
+  }
+  std::vector<double> partial(static_cast<size_t>(batch.layout(wide)));
+  batch.partial = partial.data();
+  const Finish how = static_cast<Finish>(finish);
+  if (wide) {
+    product_of<double, double>(batch, how, b_grad);
+  } else if (static_cast<Element>(grad) == Element::bf16) {
+    product_of<BFloat16, float>(batch, how, b_grad);
+  } else if (static_cast<Element>(grad) == Element::f16) {
+    product_of<Half, float>(batch, how, b_grad);
+  } else {
+    product_of<float, float>(batch, how, b_grad);
+  }
+  if (how != Finish::dot && how != Finish::divide) return;
+  HostBlock<DotState, 32> warp;
+  for (int32_t i = 0; i < count; ++i) {
+    wide ? product_dot(warp, batch, static_cast<double*>(dots), i)
+         : product_dot(warp, batch, static_cast<float*>(dots), i);
+  }
 }

@@ -83,3 +83,31 @@ def damped_inverse(factors: list[Tensor], damping: Tensor) -> tuple[list[Tensor]
         pointer(info),
     )  # fmt: skip
     return inverses, info
+
+
+FINISH = {"store": 0, "dot": 1, "divide": 2, "rounded": 3}
+"""As `Finish` of csrc/cuda/precondition.h."""
+
+
+def product(
+    finish: str,
+    a: list[Tensor],
+    b: list[Tensor],
+    c: list[Tensor],
+    other: list[Tensor],
+    damping: Tensor,
+    grad: torch.dtype,
+    *,
+    b_grad: bool = False,
+) -> Tensor:
+    """One launch of products c = a b for a list of layers; returns their sums (NaN where `finish` makes none)."""
+    count, accumulation = len(a), damping.dtype
+    dots = torch.full((count,), float("nan"), dtype=accumulation)
+    layers = list(zip(a, b, c, other, strict=True))
+    pointers = (ctypes.c_void_p * (4 * count))(*(tensor.data_ptr() for layer in layers for tensor in layer))
+    strides = integers(*(step for x, y, _, z in layers for tensor in (x, y, z) for step in tensor.stride()))
+    sizes = integers(*(size for x, y, _, _ in layers for size in (x.shape[0], y.shape[1], x.shape[1])))
+    step = ctypes.c_int64(damping.stride(0) if damping.dim() else 0)
+    kind = TYPES[grad], ctypes.c_bool(accumulation == torch.float64), FINISH[finish], ctypes.c_bool(b_grad)
+    library().emulate_product(*kind, count, pointers, strides, sizes, pointer(damping), step, pointer(dots))
+    return dots
