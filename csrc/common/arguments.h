@@ -5,6 +5,24 @@
 
 namespace kronfac {
 
+inline void check_covariance_input(const char* op, const Tensor& x, double scale) {
+  check_floating(op, "x", x);
+  check_dim(op, "x", x, 2, "(m, d)");
+  check_weight(op, "scale", scale);
+}
+
+inline void check_covariance(const Tensor& out, const Tensor& x, bool bias, double decay, double scale) {
+  constexpr const char* op = "covariance_";
+  check_covariance_input(op, x, scale);
+  check_weight(op, "decay", decay);
+  const int64_t d = x.size(1) + (bias ? 1 : 0);
+  STD_TORCH_CHECK(out.dim() == 2 && out.size(0) == d && out.size(1) == d, "kronfac::", op, ": out: expected shape (", d,
+                  ", ", d, ") for x of shape ", shape_string(x), bias ? " with bias" : "", ", got ", shape_string(out));
+  check_dtype(op, "out", out, accumulation_type(x.scalar_type()), "what covariances of this x come out as");
+  check_device(op, "out", out, x, "x");
+  check_writable(op, "out", out);
+}
+
 inline void check_second_moment(const Tensor& out, const Tensor& g, const Tensor& x, bool bias, double decay,
                                 double scale) {
   constexpr const char* kOp = "second_moment_";

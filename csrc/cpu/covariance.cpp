@@ -1,14 +1,9 @@
 // out <- decay * out + scale * [x 1]^T [x 1].
+#include "common/arguments.h"
 #include "cpu/symmetric.h"
 
 namespace kronfac::cpu {
 namespace {
-
-void check_input(const char* op, const Tensor& x, double scale) {
-  check_floating(op, "x", x);
-  check_dim(op, "x", x, 2, "(m, d)");
-  check_weight(op, "scale", scale);
-}
 
 // Packed panels of a flat matrix take this much at most: what several cores share of a cache, and Scratch keeps.
 constexpr int64_t kFlatBytes = int64_t{8} << 20;
@@ -82,7 +77,7 @@ void covariance_into(const Tensor& out, const Tensor& x, double decay, double sc
 }
 
 Tensor covariance(Tensor x, bool bias, double scale) {
-  check_input("covariance", x, scale);
+  check_covariance_input("covariance", x, scale);
   const int64_t d = x.size(1) + (bias ? 1 : 0);
   const Tensor out = empty_matrix(d, d, accumulation_type(x.scalar_type()));
   covariance_into(out, x, 0, scale);
@@ -90,15 +85,7 @@ Tensor covariance(Tensor x, bool bias, double scale) {
 }
 
 void covariance_(Tensor out, Tensor x, bool bias, double decay, double scale) {
-  constexpr const char* op = "covariance_";
-  check_input(op, x, scale);
-  check_weight(op, "decay", decay);
-  const int64_t d = x.size(1) + (bias ? 1 : 0);
-  STD_TORCH_CHECK(out.dim() == 2 && out.size(0) == d && out.size(1) == d, "kronfac::", op, ": out: expected shape (", d,
-                  ", ", d, ") for x of shape ", shape_string(x), bias ? " with bias" : "", ", got ", shape_string(out));
-  check_dtype(op, "out", out, accumulation_type(x.scalar_type()), "what covariances of this x come out as");
-  check_device(op, "out", out, x, "x");
-  check_writable(op, "out", out);
+  check_covariance(out, x, bias, decay, scale);
   covariance_into(out, apart_from(out, x), decay, scale);
 }
 

@@ -35,17 +35,6 @@ KRONFAC_DEVICE InverseTask inverse_task(const InverseBatch& batch, int32_t block
   return {batch.problem[low], block - batch.first[low]};
 }
 
-// Row and column of a tile of the lower triangle, numbered row by row.
-struct LowerTile {
-  int32_t row, column;
-};
-KRONFAC_DEVICE LowerTile lower_tile(int32_t number) {
-  int32_t row = static_cast<int32_t>((sqrtf(8.0f * static_cast<float>(number) + 1.0f) - 1.0f) / 2.0f);
-  while (row * (row + 1) / 2 > number) --row;
-  while ((row + 1) * (row + 2) / 2 <= number) ++row;
-  return {row, number - row * (row + 1) / 2};
-}
-
 // The lower triangle by rows, and the column that is swept with.
 struct SweepShared {
   double* a;       // (n (n + 1) / 2)

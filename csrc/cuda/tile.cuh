@@ -4,6 +4,8 @@
 // on its way from global memory into registers, and goes to the other half: one barrier a step.
 #pragma once
 
+#include <cmath>
+
 #include "cuda/block.cuh"
 
 namespace kronfac::cuda {
@@ -24,6 +26,17 @@ struct Operand {
     return ones && i == features ? T(1) : T(0);
   }
 };
+
+// Row and column of a tile of the lower triangle, numbered row by row.
+struct LowerTile {
+  int32_t row, column;
+};
+KRONFAC_DEVICE LowerTile lower_tile(int32_t number) {
+  int32_t row = static_cast<int32_t>((sqrtf(8.0f * static_cast<float>(number) + 1.0f) - 1.0f) / 2.0f);
+  while (row * (row + 1) / 2 > number) --row;
+  while ((row + 1) * (row + 2) / 2 <= number) ++row;
+  return {row, number - row * (row + 1) / 2};
+}
 
 template <class T_, int kRows_, int kColumns_, int kDepth_, int kThreadRows_, int kThreadColumns_>
 struct Tile {
