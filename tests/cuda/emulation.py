@@ -1,4 +1,4 @@
-"""Builds tests/cuda/emulate.cpp with the machine's C++ compiler and calls it on tensors of the CPU."""
+"""Builds a source of tests/cuda with the machine's C++ compiler and calls it on tensors of the CPU."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3
 
 
 @functools.cache
-def library() -> Any:
+def library(source: str = "emulate.cpp") -> Any:
     """The emulated kernels, compiled anew in each process; the test is skipped where there is no compiler."""
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
@@ -30,7 +30,8 @@ def library() -> Any:
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "emulate.so"
         command = [compiler, "-std=c++20", "-O2", "-fno-strict-aliasing", "-shared", "-fPIC", f"-I{INCLUDE}"]
-        result = subprocess.run([*command, str(SOURCE), "-o", str(target)], capture_output=True, text=True, check=False)
+        file = str(SOURCE.with_name(source))
+        result = subprocess.run([*command, file, "-o", str(target)], capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stderr
         return ctypes.CDLL(str(target))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import sys
@@ -65,6 +66,15 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def _cublas(library: str | None) -> str:
+    # What the operators found in this torch; without it, their own kernels form all products.
+    if library is None:
+        return "not looked for"
+    version = ctypes.CDLL(library).kronfac_blas_version
+    version.restype = ctypes.c_char_p
+    return version().decode() or "not found: products by own kernels"
+
+
 def _cuda_facts() -> dict[str, Any]:
     import torch
 
@@ -80,5 +90,6 @@ def _cuda_facts() -> dict[str, Any]:
     return {
         "torch": f"CUDA {torch.version.cuda}",
         "operators": state,
+        "cublas": _cublas(_library.LOADED.get("_ops_cuda")),
         "devices": [torch.cuda.get_device_name(index) for index in range(count)] or "none",
     }
