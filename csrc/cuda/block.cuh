@@ -17,7 +17,9 @@
 #define KRONFAC_PRAGMA(text) _Pragma(#text)
 #define KRONFAC_UNROLL_BY(n) KRONFAC_PRAGMA(unroll n)
 #else
+#include <cstddef>
 #include <cstring>
+#include <vector>
 #define KRONFAC_DEVICE inline
 #define KRONFAC_UNROLL
 #define KRONFAC_UNROLL_BY(n)
@@ -37,7 +39,8 @@ struct DeviceBlock {
     __syncthreads();
   }
 
-  // A phase whose results no other thread of the block reads, but perhaps warp_sum: no barrier.
+  // A phase whose results no other thread of the block reads before the next barrier, but perhaps warp_sum and warp: no
+  // barrier of its own.
   template <class Phase>
   __device__ __forceinline__ void each_warp(const Phase& phase) {
     phase(static_cast<int>(threadIdx.x), state);
@@ -49,6 +52,30 @@ struct DeviceBlock {
     double& mine = value(state);
     KRONFAC_UNROLL
     for (int distance = 16; distance > 0; distance /= 2) mine += __shfl_xor_sync(0xffffffffu, mine, distance);
+  }
+
+  // An instruction that the 32 threads of a warp carry out together (tensor_core.cuh); lane(thread, state) is what one
+  // of them contributes and receives. Orders nothing but itself.
+  template <class Op, class Lane>
+  __device__ __forceinline__ void warp(const Lane& lane) {
+    Op::run(lane(static_cast<int>(threadIdx.x), state));
+  }
+
+  // Within a phase: starts to copy `bytes` <= 16 bytes from global to shared memory, where 16 are written: the others
+  // become 0. Both addresses are multiples of 16.
+  __device__ __forceinline__ static void copy_async(void* to, const void* from, int bytes) {
+    asm volatile(
+        "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+        "l"(__cvta_generic_to_global(from)), "r"(bytes)
+        : "memory");
+  }
+  // Between phases: the copies begun since the last call are a group.
+  __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+  // A barrier, after which all groups but the last kLeft have arrived.
+  template <int kLeft>
+  __device__ __forceinline__ void await_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+    __syncthreads();
   }
 };
 #else
@@ -75,6 +102,40 @@ struct HostBlock {
         for (int lane = 0; lane < 32; ++lane) value(state[first + lane]) += old[lane ^ distance];
       }
     }
+  }
+
+  template <class Op, class Lane>
+  void warp(const Lane& lane) {
+    for (int first = 0; first < kThreads; first += 32) {
+      decltype(lane(0, state[0])) lanes[32];
+      for (int i = 0; i < 32; ++i) lanes[i] = lane(first + i, state[first + i]);
+      Op::run(lanes);
+    }
+  }
+
+  // A copy arrives when it is waited for and not before: until then its target is NaN.
+  struct Copy {
+    void* to;
+    const void* from;
+    int bytes, group;
+  };
+  std::vector<Copy> copies;
+  int groups = 0;
+
+  void copy_async(void* to, const void* from, int bytes) {
+    std::memset(to, 0xff, 16);
+    copies.push_back({to, from, bytes, groups});
+  }
+  void commit_copies() { ++groups; }
+  template <int kLeft>
+  void await_copies() {
+    size_t arrived = 0;
+    for (; arrived < copies.size() && copies[arrived].group < groups - kLeft; ++arrived) {
+      const Copy& copy = copies[arrived];
+      std::memset(copy.to, 0, 16);
+      if (copy.bytes > 0) std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.bytes));
+    }
+    copies.erase(copies.begin(), copies.begin() + static_cast<std::ptrdiff_t>(arrived));
   }
 };
 #endif
