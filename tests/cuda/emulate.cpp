@@ -3,7 +3,6 @@
 #include <memory>
 #include <vector>
 
-#include "cuda/covariance.cuh"
 #include "cuda/damped_inverse.cuh"
 #include "cuda/orthogonalize.cuh"
 #include "cuda/precondition.cuh"
@@ -111,18 +110,6 @@ void product_of(const ProductBatch& batch, Finish finish, bool b_grad) {
   if (finish == Finish::rounded) product_blocks<Finish::rounded, T, Grad, T>(batch);
 }
 
-template <class In, class T>
-void covariance_of(const Covariance& p) {
-  using Tile = typename CovarianceTile<T>::Tile;
-  const auto shared = std::make_unique<typename Tile::Shared>();
-  const auto block = std::make_unique<HostBlock<CovarianceState<T>, Tile::kThreads>>();
-  for (int64_t tile = covariance_tiles(p); tile > 0; --tile) {
-    for (int64_t part = 0; part < p.parts; ++part) covariance_tile<In, T>(*block, *shared, p, tile - 1, part);
-  }
-  if (p.parts == 1) return;
-  for (int64_t i = 0; i < (p.d() * p.d() + 255) / 256 * 256; ++i) covariance_entry<T>(p, i);
-}
-
 }  // namespace
 
 // sizes: examples, positions, outputs, inputs; strides: 3 of g, 3 of x, 2 of out. Returns the parts it was cut into.
@@ -207,21 +194,4 @@ extern "C" void emulate_product(int grad, bool wide, int finish, bool b_grad, in
     wide ? product_dot(warp, batch, static_cast<double*>(dots), i)
          : product_dot(warp, batch, static_cast<float*>(dots), i);
   }
-}
-
-// strides: 2 of x, 2 of out. Returns the parts it was cut into.
-extern "C" int64_t emulate_covariance(int type, const void* x, void* out, int64_t m, int64_t features,
-                                      const int64_t* strides, bool bias, double decay, double scale) {
-  Covariance p{};
-  p.type = static_cast<Element>(type), p.x = x, p.out = out, p.m = m, p.features = features;
-  p.row = strides[0], p.feature = strides[1], p.out_row = strides[2], p.out_column = strides[3];
-  p.bias = bias, p.decay = decay, p.scale = scale;
-  p.parts = covariance_parts(p);
-  const std::unique_ptr<double[]> partial(new double[static_cast<size_t>(p.parts * p.d() * p.d())]);
-  p.partial = partial.get();
-  if (p.type == Element::f32) covariance_of<float, float>(p);
-  if (p.type == Element::f64) covariance_of<double, double>(p);
-  if (p.type == Element::bf16) covariance_of<BFloat16, float>(p);
-  if (p.type == Element::f16) covariance_of<Half, float>(p);
-  return p.parts;
 }

@@ -112,15 +112,3 @@ def product(
     kind = TYPES[grad], ctypes.c_bool(accumulation == torch.float64), FINISH[finish], ctypes.c_bool(b_grad)
     library().emulate_product(*kind, count, pointers, strides, sizes, pointer(damping), step, pointer(dots))
     return dots
-
-
-def covariance_(out: Tensor, x: Tensor, bias: bool, decay: float, scale: float) -> int:
-    """`kronfac.ops.covariance_` by the GPU's kernels; returns the number of parts the rows were cut into."""
-    function = library().emulate_covariance
-    function.restype = ctypes.c_int64
-    sizes = ctypes.c_int64(x.shape[0]), ctypes.c_int64(x.shape[1])
-    numbers = ctypes.c_bool(bias), ctypes.c_double(decay), ctypes.c_double(scale)
-    parts: int = function(
-        TYPES[x.dtype], pointer(x), pointer(out), *sizes, integers(*x.stride(), *out.stride()), *numbers
-    )
-    return parts

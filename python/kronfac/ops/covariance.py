@@ -25,7 +25,8 @@ def covariance(x: Tensor, bias: bool = False, scale: float = 1.0) -> Tensor:
 
     Returns:
         (d, d), or (d + 1, d + 1) with `bias`: symmetric to the last bit; float64 for float64 input, else float32.
-        Sums are formed in that type.
+        Sums are formed in that type. On CUDA, float32 factors of a product are rounded to TF32 where torch's matmul
+        may do so (`torch.backends.cuda.matmul.allow_tf32`).
 
     Raises:
         RuntimeError: wrong rank or dtype, or a scale that is negative or not finite.
