@@ -2,8 +2,9 @@
 // columns up to its diagonal block.
 //
 // With n panels that is (1 + 1/n) / 2 of the operations of x^T x at cuBLAS' rate. Why that rate: on an H100 or H200 its
-// bfloat16 products reach about 700 TFLOP/s with instructions (wgmma) that read shared memory for four warps at once,
-// mma.sync at most 62 % of the peak of 989 and usually half of it. So for 65536 x 4096 in bfloat16, relative to x^T x:
+// bfloat16 products are expected at about 700 TFLOP/s, by instructions (wgmma) that read shared memory for four warps
+// at once, and own tiles at half of that: mma.sync reaches some 62 % of the peak of 989 at most. So for 65536 x 4096 in
+// bfloat16, by this arithmetic and relative to x^T x:
 //   own tiles  (1 + 1/32) / 2 of the operations at half the rate:        1.0
 //   panels     (1 + 1/4) / 2, and 265 MB of sums and result at 4 TB/s:   0.65
 // of which only the latter meets a bar of 0.85; TF32 (a bar of 1.0) takes about twice the time on either side.

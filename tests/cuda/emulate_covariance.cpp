@@ -79,6 +79,40 @@ Covariance problem(int type, const void* x, void* out, int64_t m, int64_t featur
   return p;
 }
 
+// Stands for a block where copies are begun, and looks at what they read.
+template <class In>
+struct CopyInspector {
+  const Operand<In>& x;
+  int64_t rows;
+  int64_t entries = 0;
+  bool inside = true;
+
+  void copy_async(void* to, const void* from, int bytes) {
+    inside = inside && bytes >= 0 && bytes <= 16 && reinterpret_cast<uintptr_t>(to) % 16 == 0 &&
+             reinterpret_cast<uintptr_t>(from) % 16 == 0;
+    if (bytes <= 0) return;
+    const int64_t at = static_cast<const In*>(from) - x.data, count = bytes / static_cast<int64_t>(sizeof(In));
+    inside = inside && at / x.k_stride < rows && at % x.k_stride + count <= x.features;
+    entries += count;
+  }
+};
+
+// Whether the copies of all tiles of x (m, features) read each of its entries once and nothing else.
+template <class In>
+bool copies_are_exact(int64_t m, int64_t features, int64_t row) {
+  using Tile = MmaTile<In>;
+  alignas(16) static In origin[8];
+  typename Tile::Entries target;
+  const Operand<In> x{origin, row, 1, features, false};
+  CopyInspector<In> inspector{x, m};
+  for (int64_t k = 0; k < m; k += Tile::kDepth) {
+    for (int64_t i = 0; i < features; i += Tile::kSide) {
+      for (int thread = 0; thread < Tile::kThreads; ++thread) Tile::copy(inspector, thread, x, k, m, i, target);
+    }
+  }
+  return inspector.inside && inspector.entries == m * features;
+}
+
 template <class In>
 void multiply_add(const uint32_t* a, const uint32_t* b, float* sum) {
   typename MultiplyAdd<In>::Lane lanes[32];
@@ -140,6 +174,10 @@ void covariance_plan(int type, int64_t m, int64_t features, bool bias, int64_t* 
   for (const Gemm& g : covariance_products(p, panels)) {
     *operations += 2.0 * static_cast<double>(g.m) * static_cast<double>(g.n) * static_cast<double>(g.k * g.count);
   }
+}
+
+bool covariance_copies_are_exact(bool halves, int64_t m, int64_t features, int64_t row) {
+  return halves ? copies_are_exact<Half>(m, features, row) : copies_are_exact<float>(m, features, row);
 }
 
 // What is copied first. strides: of x; offset: of its first byte from a multiple of 16.

@@ -79,6 +79,14 @@ def copies(dtype: torch.dtype, m: int, features: int, strides: tuple[int, int], 
     return copied
 
 
+def copies_are_exact(*, halves: bool, m: int, features: int, row: int) -> bool:
+    """Whether the copy unit is asked for each entry of x (m, features), rows `row` apart, once and for nothing else."""
+    function = _library().covariance_copies_are_exact
+    function.restype = ctypes.c_bool
+    exact: bool = function(ctypes.c_bool(halves), ctypes.c_int64(m), ctypes.c_int64(features), ctypes.c_int64(row))
+    return exact
+
+
 def tensor_core_parts(m: int, features: int) -> int:
     """The number of parts that the rows of x (m, features) are cut into."""
     function = _library().covariance_tensor_core_parts

@@ -90,6 +90,12 @@ def test_copies_end_where_x_ends(dtype: torch.dtype) -> None:
     assert covariance_error(out, reference(x, True, 1.0, tf32=dtype == torch.float32)) <= 1e-5
 
 
+@pytest.mark.parametrize("halves", [False, True])
+@pytest.mark.parametrize(("m", "features", "row"), [(45, 133, 144), (1, 1, 8), (32, 128, 128), (65, 260, 264)])
+def test_copies_read_every_entry_once_and_nothing_else(m: int, features: int, row: int, halves: bool) -> None:
+    assert emulated.copies_are_exact(halves=halves, m=m, features=features, row=row)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_what_is_not_finite_stays_in_its_row_and_column(dtype: torch.dtype, value: float) -> None:
