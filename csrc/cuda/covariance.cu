@@ -78,6 +78,7 @@ void launch_mma(const Covariance& p, Stream stream) {
       MmaTile<In>::copyable(p.x, p.row, p.feature) ? covariance_mma_kernel<In, true> : covariance_mma_kernel<In, false>;
   constexpr int kShared = sizeof(CovarianceMmaShared<In>);
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
+  cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
   kernel<<<grid_of(p), MmaTile<In>::kThreads, kShared, stream>>>(p);
   check_launch("covariance_mma");
   add_parts<float>(p, stream);

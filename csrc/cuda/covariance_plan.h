@@ -56,6 +56,8 @@ struct CovariancePanels {
   KRONFAC_BOTH int64_t part_size(int64_t i) const { return (end(i) - begin(i)) * panel[i].leading; }
 };
 
+inline int64_t input_bytes(const Covariance& p) { return p.type == Element::f64 ? 8 : p.type == Element::f32 ? 4 : 2; }
+
 // Whether cuBLAS can read x as it lies: rows or columns whose entries are neighbours.
 inline bool plain_matrix(const Covariance& p) {
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();  // of cuBLAS' sizes
@@ -72,7 +74,7 @@ inline bool covariance_large(const Covariance& p) { return p.features >= kPlanCo
 inline bool covariance_needs_copy(const Covariance& p, bool large) {
   constexpr int64_t kCopiedColumns = 1024, kCopiedRows = 2048;
   if (!(p.tensor_cores || large) || p.features < kCopiedColumns || p.m < kCopiedRows) return false;
-  const int64_t run = 16 / (p.type == Element::f64 ? 8 : p.type == Element::f32 ? 4 : 2);
+  const int64_t run = 16 / input_bytes(p);
   const bool rows = p.feature == 1 && p.row % run == 0 && (!large || p.row >= p.features),
              columns = large && p.row == 1 && p.feature >= p.m && p.feature % run == 0;
   return !(rows || columns) || reinterpret_cast<uintptr_t>(p.x) % 16 != 0;
@@ -86,7 +88,7 @@ inline CovariancePanels covariance_panels(const Covariance& p, const PanelShape&
   panels.features = p.features;
   panels.width = std::max(shape.width, (least + shape.width - 1) / shape.width * shape.width);
   panels.count = static_cast<int32_t>((p.features + panels.width - 1) / panels.width);
-  const int64_t bytes = p.type == Element::f64 ? 8 : 4;
+  const int64_t bytes = std::max<int64_t>(input_bytes(p), 4);
   // cuBLAS takes a scale of 0 for leave to ignore x, and what is not finite in it.
   const bool direct = p.out_column == 1 && p.out_row >= p.d() && p.out_row * bytes % align == 0 &&
                       reinterpret_cast<uintptr_t>(p.out) % align == 0 && static_cast<float>(p.scale) != 0;
@@ -112,10 +114,7 @@ inline CovariancePanels covariance_panels(const Covariance& p, const PanelShape&
 // The products of all panels. c is row-major, so that its transpose is what cuBLAS forms: columns of the panel first.
 inline std::vector<Gemm> covariance_products(const Covariance& p, const CovariancePanels& panels) {
   const bool rows_of_x = p.feature == 1 && p.row >= p.features;  // else its columns are what lies in memory
-  const int64_t bytes = p.type == Element::f64   ? 8
-                        : p.type == Element::f32 ? 4
-                                                 : 2,
-                out_bytes = std::max<int64_t>(bytes, 4);
+  const int64_t bytes = input_bytes(p), out_bytes = std::max<int64_t>(bytes, 4);
   const auto x = [&](int64_t k, int64_t i) {
     return static_cast<const char*>(p.x) + (k * p.row + i * p.feature) * bytes;
   };

@@ -2,7 +2,7 @@
 // bfloat16 and float16 as they are, float32 rounded to TF32; sums in float32.
 //
 // Steps of kDepth rows of A and B pass through shared memory, of which kStages are on their way or in use: while one is
-// multiplied, the next two are being copied, by the copy unit where rows are aligned, else through registers. One
+// multiplied, the next three are being copied, by the copy unit where rows are aligned, else through registers. One
 // barrier a step.
 //
 // Floor of a step: 32 KiB read from shared memory and 16 KiB written, at 128 bytes a cycle 384 cycles; 128 x 128 x
