@@ -3,6 +3,7 @@
 #include <optional>
 
 #include "common/conv_arguments.h"
+#include "cuda/blas.h"
 #include "cuda/conv_covariance_plan.h"
 #include "cuda/glue.h"
 
@@ -41,6 +42,7 @@ void conv_covariance_into(const Tensor& out, const Tensor& x, const ConvShape& s
   for (int64_t axis = absent; axis < 3; ++axis) input.axis[axis] = x.stride(axis - absent + 2);
   if (absent > 0) input.axis[0] = 1;
   if (absent > 1) input.axis[1] = 1;
+  input.tensor = is_narrow(x.scalar_type()) || (x.scalar_type() == ScalarType::Float && tf32_allowed());
   ConvPlan plan = plan_conv(shape, input, wished_form());
   ConvCovariance& p = plan.product;
 

@@ -1,15 +1,16 @@
-#include "cuda/conv_covariance.cuh"
+#include "cuda/conv_covariance_assemble.cuh"
+#include "cuda/conv_covariance_layout.cuh"
 
 namespace kronfac::cuda {
 namespace {
 
 // Twelve warps on a multiprocessor: with sixteen a few registers would spill.
-template <class In, class T, int kSide>
+template <class T, int kSide>
 __global__ void __launch_bounds__(ConvTile<T, kSide>::Tile::kThreads, 384 / ConvTile<T, kSide>::Tile::kThreads)
     product_kernel(const __grid_constant__ ConvCovariance p) {
   __shared__ ConvShared<T, kSide> shared;
-  DeviceBlock<ConvState<In, T, kSide>> block;
-  conv_product<In, T, kSide>(block, shared, p, static_cast<int32_t>(blockIdx.x));
+  DeviceBlock<ConvState<T, kSide>> block;
+  conv_product<T, kSide>(block, shared, p, static_cast<int32_t>(blockIdx.x));
 }
 
 template <class T>
@@ -47,17 +48,20 @@ __global__ void __launch_bounds__(kConvThreads) pad_kernel(const __grid_constant
 
 unsigned grid(int64_t blocks) { return static_cast<unsigned>(blocks); }
 
-template <class In, class T>
+template <class T>
+void launch_products(const ConvCovariance& p, Stream stream) {
+  const auto kernel = p.side == 32 ? product_kernel<T, 32> : product_kernel<T, 64>;
+  const int threads = p.side == 32 ? ConvTile<T, 32>::Tile::kThreads : ConvTile<T, 64>::Tile::kThreads;
+  kernel<<<grid(p.groups * p.blocks), threads, 0, stream>>>(p);
+  check_launch("conv_covariance");
+}
+
+template <class T>
 void launch(const ConvCovariance& p, Stream stream) {
-  if (p.blocks > 0) {
-    const auto kernel = p.side == 32 ? product_kernel<In, T, 32> : product_kernel<In, T, 64>;
-    const int threads = p.side == 32 ? ConvTile<T, 32>::Tile::kThreads : ConvTile<T, 64>::Tile::kThreads;
-    kernel<<<grid(p.groups * p.blocks), threads, 0, stream>>>(p);
-    check_launch("conv_covariance");
-    if (p.reduced) {
-      reduce_kernel<T><<<grid(conv_reduce_blocks(p)), kConvThreads, 0, stream>>>(p);
-      check_launch("conv_covariance_reduce");
-    }
+  if (p.blocks > 0) p.tensor ? conv_mma_products(p, stream) : launch_products<T>(p, stream);
+  if (p.reduced) {
+    reduce_kernel<T><<<grid(conv_reduce_blocks(p)), kConvThreads, 0, stream>>>(p);
+    check_launch("conv_covariance_reduce");
   }
   if (p.rows > 0) {
     assemble_kernel<T><<<grid(conv_assemble_blocks(p)), kConvThreads, 0, stream>>>(p);
@@ -101,16 +105,7 @@ void conv_pad(const ConvLayout& p, int64_t bytes, Stream stream) {
 
 void conv_covariance(const ConvCovariance& p, Stream stream) {
   if (p.groups == 0 || p.d() == 0) return;
-  switch (p.type) {
-    case Element::f32:
-      return launch<float, float>(p, stream);
-    case Element::f64:
-      return launch<double, double>(p, stream);
-    case Element::bf16:
-      return launch<BFloat16, float>(p, stream);
-    case Element::f16:
-      return launch<Half, float>(p, stream);
-  }
+  p.type == Element::f64 ? launch<double>(p, stream) : launch<float>(p, stream);
 }
 
 }  // namespace kronfac::cuda

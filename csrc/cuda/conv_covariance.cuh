@@ -1,4 +1,4 @@
-// Kernel templates of conv_covariance.h.
+// Products of conv_covariance.h on the units of float32 and float64, and what products on tensor cores share with them.
 #pragma once
 
 #include "cuda/conv_covariance.h"
@@ -6,33 +6,21 @@
 
 namespace kronfac::cuda {
 
-// Sums of a thread and their totals are 32 + 32 registers in float32, so that four blocks of 128 threads fit on a
-// multiprocessor.
+// Sums of a thread and their totals are at most 32 + 32 registers in float32, so that three blocks of 128 threads fit on
+// a multiprocessor.
 template <class T, int kSide>
-struct ConvTile;
-template <>
-struct ConvTile<float, 64> {
-  using Tile = cuda::Tile<float, 64, 64, 8, 8, 4>;
-};
-template <>
-struct ConvTile<float, 32> {
-  using Tile = cuda::Tile<float, 32, 32, 8, 4, 4>;
-};
-template <int kSide>
-struct ConvTile<double, kSide> {
-  using Tile = cuda::Tile<double, kSide, kSide, 8, 4, 4>;
+struct ConvTile {
+  using Tile = cuda::Tile<T, kSide, kSide, 8, kSide == 64 && sizeof(T) == 4 ? 8 : 4, 4>;
 };
 
-template <class In, class T, int kSide>
+template <class T, int kSide>
 struct ConvState {
   using Tile = typename ConvTile<T, kSide>::Tile;
   typename Tile::State tile;
   T total[Tile::kThreadRows][Tile::kThreadColumns];
-  const In *left, *right;  // this thread's features at position 0; null beyond the last feature
+  const T *left, *right;  // this thread's features at position 0; null beyond the last feature
   T feature_sum, feature_total;
 };
-
-struct ConvNoState {};
 
 // Feature f of a group, from the position of its patch on.
 KRONFAC_DEVICE int64_t conv_feature(const ConvCovariance& p, int64_t f) {
@@ -113,10 +101,10 @@ struct ConvShared {
 };
 
 // Products on the units of float32 and float64.
-template <class In, class T, int kSide, class Block>
+template <class T, int kSide, class Block>
 KRONFAC_DEVICE void conv_product(Block& block, ConvShared<T, kSide>& shared, const ConvCovariance& p, int32_t number) {
   using Tile = typename ConvTile<T, kSide>::Tile;
-  using State = ConvState<In, T, kSide>;
+  using State = ConvState<T, kSide>;
   constexpr int kSteps = Tile::kThreads / Tile::kDepth;  // of one run of positions
   constexpr int kFlush = 32;                             // steps whose sums are kept apart: bounds rounding errors
   static_assert(Tile::kThreads % kSide == 0 && kSteps > 1);
@@ -128,8 +116,8 @@ KRONFAC_DEVICE void conv_product(Block& block, ConvShared<T, kSide>& shared, con
     for (int n = 0; n < Tile::kRowLoads; ++n) {
       const int k = step * Tile::kDepth + (n * Tile::kThreads + thread) / kSide;
       const int64_t position = shared.ring.at(k);
-      state.tile.a[n] = k < place.length && state.left ? widened<T>(state.left[position]) : T(0);
-      state.tile.b[n] = k < place.length && state.right ? widened<T>(state.right[position]) : T(0);
+      state.tile.a[n] = k < place.length && state.left ? state.left[position] : T(0);
+      state.tile.b[n] = k < place.length && state.right ? state.right[position] : T(0);
     }
   };
   const auto store = [&](int thread, const State& state, int half) {
@@ -156,7 +144,7 @@ KRONFAC_DEVICE void conv_product(Block& block, ConvShared<T, kSide>& shared, con
     }
     state.feature_sum = state.feature_total = T(0);
     const int64_t i = place.row0 + thread % kSide, j = place.column0 + thread % kSide;
-    const In* map = static_cast<const In*>(p.map) + place.group * p.group;
+    const T* map = static_cast<const T*>(p.map) + place.group * p.group;
     state.left = i < p.rows ? map + place.box->left + conv_feature(p, i) : nullptr;
     state.right = j < p.rows ? map + place.box->right + conv_feature(p, j) : nullptr;
     shared.ring.find(p, place, thread, 0);
@@ -197,190 +185,6 @@ KRONFAC_DEVICE void conv_product(Block& block, ConvShared<T, kSide>& shared, con
       sums[p.rows * p.rows + place.row0 + thread] = state.feature_total;
     }
   });
-}
-
-// The sums of all parts of a box, added in order and put where those of the first one were.
-template <class T>
-KRONFAC_DEVICE void conv_reduce(const ConvCovariance& p, int64_t index) {
-  const int64_t unit = p.unit(), entry = index % unit, box_of_group = index / unit;
-  const int64_t group = box_of_group / p.boxes;
-  if (group >= p.groups) return;
-  const ConvBox& box = p.box[box_of_group % p.boxes];
-  const int64_t i = entry / p.rows, j = entry % p.rows;
-  if (box.parts == 1 || (i == p.rows ? !(p.bias && box.symmetric) : box.symmetric && j > i)) return;
-  T* sums = conv_sums<T>(p, group, box, 0) + entry;
-  T sum = 0;
-  for (int64_t part = 0; part < box.parts; ++part) sum += sums[part * unit];
-  *sums = sum;
-}
-
-// The boxes that a pair of kernel offsets is the sum of.
-struct ConvPairBoxes {
-  int32_t first[3], last[3], ranges[3], start;
-
-  KRONFAC_DEVICE int32_t box(int32_t z, int32_t y, int32_t x) const {
-    return start + (z * ranges[1] + y) * ranges[2] + x;
-  }
-};
-KRONFAC_DEVICE ConvPairBoxes conv_pair(const ConvCovariance& p, int32_t left, int32_t right) {
-  ConvPairBoxes boxes;
-  int32_t combination = 0, scale = 1;
-  KRONFAC_UNROLL
-  for (int axis = 2; axis >= 0; --axis) {
-    const int32_t kernel = p.kernel[axis];
-    const ConvPair pair = p.pair[axis][left % kernel * kernel + right % kernel];
-    boxes.first[axis] = pair.first;
-    boxes.last[axis] = pair.last;
-    boxes.ranges[axis] = p.ranges[axis][pair.term];
-    combination += scale * pair.term;
-    scale *= p.terms[axis];
-    left /= kernel;
-    right /= kernel;
-  }
-  boxes.start = p.combination[combination];
-  return boxes;
-}
-
-// Entry `at` of the sums of a pair, its boxes added in order.
-template <class T>
-KRONFAC_DEVICE T conv_pair_sum(const ConvCovariance& p, int64_t group, const ConvPairBoxes& boxes, int64_t at) {
-  T sum = 0;
-  for (int32_t z = boxes.first[0]; z < boxes.last[0]; ++z) {
-    for (int32_t y = boxes.first[1]; y < boxes.last[1]; ++y) {
-      for (int32_t x = boxes.first[2]; x < boxes.last[2]; ++x) {
-        sum += conv_sums<T>(p, group, p.box[boxes.box(z, y, x)], 0)[at];
-      }
-    }
-  }
-  return sum;
-}
-
-template <class T>
-KRONFAC_DEVICE void conv_write(const ConvCovariance& p, int64_t group, int64_t row, int64_t column, T sum) {
-  T& entry = static_cast<T*>(p.out)[group * p.out_group + row * p.out_row + column * p.out_column];
-  const T value = static_cast<T>(p.scale) * sum;
-  entry = p.decay == 0 ? value : static_cast<T>(p.decay) * entry + value;
-}
-
-template <class T>
-struct ConvAssembleShared {
-  // One more, so that neighbouring channels meet different banks.
-  T value[kConvAssemble][kConvAssemble * kConvOffsets + 1];
-  ConvPairBoxes boxes[kConvOffsets];
-};
-
-// Rows of the result for one offset of kConvAssemble channels, columns for all offsets of kConvAssemble channels. Both
-// triangles are put together from the same sums in the same order: the term added is symmetric to the last bit.
-template <class T, class Block>
-KRONFAC_DEVICE void conv_assemble(Block& block, ConvAssembleShared<T>& shared, const ConvCovariance& p,
-                                  int32_t number) {
-  using State = typename Block::State;
-  constexpr int kSide = kConvAssemble;
-  static_assert(kConvThreads == kSide * kSide && kSide * kConvOffsets <= kConvThreads);
-  const int32_t across = static_cast<int32_t>((p.rows + kSide - 1) / kSide), offsets = p.offsets();
-  const int32_t left = number % offsets, tile = number / offsets;
-  const int64_t column0 = int64_t{tile % across} * kSide, row0 = int64_t{tile / across % across} * kSide,
-                group = tile / across / across;
-  for (int32_t offset0 = 0; offset0 < offsets; offset0 += kConvOffsets) {
-    const int32_t count = offset0 + kConvOffsets < offsets ? kConvOffsets : offsets - offset0;
-    block.each([&](int thread, State&) {
-      const int32_t right = offset0 + thread;
-      if (thread < count) shared.boxes[thread] = right < left ? conv_pair(p, right, left) : conv_pair(p, left, right);
-    });
-    block.each([&](int thread, State&) {
-      for (int32_t o = 0; o < count; ++o) {
-        const int32_t right = offset0 + o;
-        // Neighbouring threads read neighbours in memory, whether the sums are those of the pair or their transpose.
-        const bool transposed = left == right ? row0 < column0 : right < left;
-        const int r = transposed ? thread % kSide : thread / kSide, c = transposed ? thread / kSide : thread % kSide;
-        const int64_t i = row0 + r, j = column0 + c;
-        if (i >= p.rows || j >= p.rows) continue;
-        const bool swapped = left == right ? i < j : right < left;
-        const int64_t at = swapped ? j * p.rows + i : i * p.rows + j;
-        shared.value[r][c * count + o] = conv_pair_sum<T>(p, group, shared.boxes[o], at);
-      }
-    });
-    block.each([&](int thread, State&) {
-      const int32_t c = thread / count;
-      const int64_t j = column0 + c;
-      if (c >= kSide || j >= p.rows) return;
-      for (int r = 0; r < kSide && row0 + r < p.rows; ++r) {
-        conv_write<T>(p, group, (row0 + r) * offsets + left, j * offsets + offset0 + (thread - c * count),
-                      shared.value[r][thread]);
-      }
-    });
-  }
-}
-
-// Entry `index` of the last row and column.
-template <class T>
-KRONFAC_DEVICE void conv_bias(const ConvCovariance& p, int64_t index) {
-  const int64_t d = p.d(), blocks = (d + kConvThreads - 1) / kConvThreads, width = blocks * kConvThreads;
-  const int64_t group = index / width, row = index % width;
-  if (row >= d) return;
-  if (row == d - 1) {
-    conv_write<T>(p, group, row, row, static_cast<T>(p.positions));
-    return;
-  }
-  const int32_t offset = static_cast<int32_t>(row % p.offsets());
-  const ConvPairBoxes boxes = conv_pair(p, offset, offset);
-  const T sum = conv_pair_sum<T>(p, group, boxes, p.rows * p.rows + row / p.offsets());
-  conv_write<T>(p, group, row, d - 1, sum);
-  conv_write<T>(p, group, d - 1, row, sum);
-}
-
-template <class E>
-struct ConvTransposeShared {
-  E value[kConvTranspose][kConvTranspose + 1];
-};
-
-// kConvTranspose channels of as many positions of one image.
-template <class E, class Block>
-KRONFAC_DEVICE void conv_transpose_block(Block& block, ConvTransposeShared<E>& shared, const ConvLayout& p,
-                                         int32_t number) {
-  using State = typename Block::State;
-  constexpr int kSide = kConvTranspose, kStep = kConvThreads / kSide;
-  const int64_t positions = p.size[0] * p.size[1] * p.size[2];
-  const int32_t down = static_cast<int32_t>((positions + kSide - 1) / kSide),
-                across = static_cast<int32_t>((p.channels + kSide - 1) / kSide);
-  const int64_t channel0 = int64_t{number % across} * kSide, position0 = int64_t{number / across % down} * kSide,
-                image = number / across / down;
-  const E* x = static_cast<const E*>(p.x) + image * p.image;
-  E* target = static_cast<E*>(p.target) + image * positions * p.row;
-  block.each([&](int thread, State&) {
-    const int at = thread % kSide;
-    const int64_t position = position0 + at;
-    if (position >= positions) return;
-    const int64_t rest = position / p.size[2];
-    const E* from = x + position % p.size[2] * p.axis[2] + rest % p.size[1] * p.axis[1] + rest / p.size[1] * p.axis[0];
-    KRONFAC_UNROLL
-    for (int c = thread / kSide; c < kSide; c += kStep) {
-      if (channel0 + c < p.channels) shared.value[c][at] = from[(channel0 + c) * p.channel];
-    }
-  });
-  block.each([&](int thread, State&) {
-    const int at = thread % kSide;
-    if (channel0 + at >= p.channels) return;
-    KRONFAC_UNROLL
-    for (int q = thread / kSide; q < kSide; q += kStep) {
-      if (position0 + q < positions) target[(position0 + q) * p.row + channel0 + at] = shared.value[at][q];
-    }
-  });
-}
-
-// Entry `index` of the map with its zeros.
-template <class E>
-KRONFAC_DEVICE void conv_pad_entry(const ConvLayout& p, int64_t index) {
-  const int64_t plane = p.padded[1] * p.padded[2], map = p.padded[0] * plane;
-  if (index >= p.images * p.channels * map) return;
-  const int64_t x = index % p.padded[2] - p.low[2], y = index % plane / p.padded[2] - p.low[1],
-                z = index % map / plane - p.low[0];
-  const int64_t channel = index / map % p.channels, image = index / map / p.channels;
-  const bool inside = x >= 0 && x < p.size[2] && y >= 0 && y < p.size[1] && z >= 0 && z < p.size[0];
-  static_cast<E*>(p.target)[index] =
-      inside ? static_cast<const E*>(
-                   p.x)[image * p.image + channel * p.channel + z * p.axis[0] + y * p.axis[1] + x * p.axis[2]]
-             : E(0);
 }
 
 }  // namespace kronfac::cuda

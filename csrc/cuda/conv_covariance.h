@@ -124,5 +124,7 @@ void conv_transpose(const ConvLayout& p, int64_t bytes, Stream stream);
 // (images, channels, *size) of any strides to (images, channels, *padded).
 void conv_pad(const ConvLayout& p, int64_t bytes, Stream stream);
 void conv_covariance(const ConvCovariance& p, Stream stream);
+// The products of conv_covariance on tensor cores.
+void conv_mma_products(const ConvCovariance& p, Stream stream);
 
 }  // namespace kronfac::cuda

@@ -1,5 +1,5 @@
-// A 128 x 128 tile of a product C(i, j) = sum_k A(k, i) B(k, j) on tensor cores, in the registers of four warps:
-// bfloat16 and float16 as they are, float32 rounded to TF32; sums in float32.
+// A square tile (128, or 64) of a product C(i, j) = sum_k A(k, i) B(k, j) on tensor cores, in the registers of four
+// warps: bfloat16 and float16 as they are, float32 rounded to TF32; sums in float32.
 //
 // Steps of kDepth rows of A and B pass through shared memory, of which kStages are on their way or in use: while one is
 // multiplied, the next three are being copied, by the copy unit where rows are aligned, else through registers. One
@@ -15,18 +15,18 @@
 
 namespace kronfac::cuda {
 
-template <class In_>
+template <class In_, int kSide_ = 128>
 struct MmaTile {
   using In = In_;
   using Instruction = MultiplyAdd<In>;
   static constexpr bool kHalves = sizeof(In) == 2;
-  static constexpr int kSide = 128, kWarpSide = 64, kThreads = 128, kStages = 4;
+  static constexpr int kSide = kSide_, kWarpSide = kSide / 2, kThreads = 128, kStages = 4;
   static constexpr int kDepth = 64 / static_cast<int>(sizeof(In));
   static constexpr int kRun = 16 / static_cast<int>(sizeof(In));  // entries that are copied at once
   // Rows of shared memory are 16 (TF32: 32) bytes longer than a multiple of all banks: the eight rows of a transposed
   // matrix lie in different banks, and so do the four rows that lanes of a TF32 fragment read.
   static constexpr int kStride = kSide + 8;
-  static constexpr int kRowTiles = kWarpSide / 16, kColumnTiles = kWarpSide / 8;
+  static constexpr int kRowTiles = kWarpSide / 16, kColumnTiles = kWarpSide / 8, kRuns = kWarpSide / 32;
 
   struct Entries {
     alignas(16) In at[kDepth][kStride];
@@ -140,15 +140,15 @@ struct MmaTile {
         block.each_warp([&](int thread, BlockState& state) {
           const int g = thread % 32 / 4, t = thread % 4;
           KRONFAC_UNROLL
-          for (int half = 0; half < 4; ++half) {  // of the rows k + t and k + t + 4: first and last 32 entries
-            const int row = k + t + half / 2 * 4, from = half % 2 * 32 + 4 * g;
+          for (int part = 0; part < 2 * kRuns; ++part) {  // of the rows k + t and k + t + 4: each 32 entries
+            const int row = k + t + part / kRuns * 4, from = part % kRuns * 32 + 4 * g;
             const Run of_a = *reinterpret_cast<const Run*>(&a.at[row][thread / 64 * kWarpSide + from]);
             const Run of_b = *reinterpret_cast<const Run*>(&b.at[row][thread / 32 % 2 * kWarpSide + from]);
             KRONFAC_UNROLL
             for (int e = 0; e < 4; ++e) {
-              const int q = half % 2 * 4 + e;
-              state.tile.a[q / 2][q % 2 + half / 2 * 2] = tf32_bits(of_a.entry[e]);
-              state.tile.b[q / 2][q % 2 * 2 + half / 2] = tf32_bits(of_b.entry[e]);
+              const int q = part % kRuns * 4 + e;
+              state.tile.a[q / 2][q % 2 + part / kRuns * 2] = tf32_bits(of_a.entry[e]);
+              state.tile.b[q / 2][q % 2 * 2 + part / kRuns] = tf32_bits(of_b.entry[e]);
             }
           }
         });

@@ -3,7 +3,9 @@
 #include <cstring>
 #include <memory>
 
-#include "cuda/conv_covariance.cuh"
+#include "cuda/conv_covariance_assemble.cuh"
+#include "cuda/conv_covariance_layout.cuh"
+#include "cuda/conv_covariance_mma.cuh"
 #include "cuda/conv_covariance_plan.h"
 
 using namespace kronfac::cuda;
@@ -23,17 +25,29 @@ struct Memory {
   std::unique_ptr<double[]> data;
 };
 
-template <class In, class T, int kSide>
+template <class T, int kSide>
 void products(const ConvCovariance& p) {
   const auto shared = std::make_unique<ConvShared<T, kSide>>();
-  const auto block = std::make_unique<HostBlock<ConvState<In, T, kSide>, ConvTile<T, kSide>::Tile::kThreads>>();
+  const auto block = std::make_unique<HostBlock<ConvState<T, kSide>, ConvTile<T, kSide>::Tile::kThreads>>();
+  each(p.groups * p.blocks, [&](int64_t i) { conv_product<T, kSide>(*block, *shared, p, static_cast<int32_t>(i)); });
+}
+
+template <class In, int kSide>
+void mma_products(const ConvCovariance& p) {
+  const auto shared = std::make_unique<ConvMmaShared<In, kSide>>();
+  const auto block = std::make_unique<HostBlock<ConvMmaState<In, kSide>, MmaTile<In, kSide>::kThreads>>();
   each(p.groups * p.blocks,
-       [&](int64_t i) { conv_product<In, T, kSide>(*block, *shared, p, static_cast<int32_t>(i)); });
+       [&](int64_t i) { conv_mma_product<In, kSide>(*block, *shared, p, static_cast<int32_t>(i)); });
 }
 
 template <class In, class T>
 void run(const ConvCovariance& p) {
-  p.side == 32 ? products<In, T, 32>(p) : products<In, T, 64>(p);
+  if constexpr (sizeof(In) <= 4) {
+    if (p.tensor) p.side == 64 ? mma_products<In, 64>(p) : mma_products<In, 128>(p);
+  }
+  if constexpr (sizeof(In) >= 4) {
+    if (!p.tensor) p.side == 32 ? products<T, 32>(p) : products<T, 64>(p);
+  }
   if (p.reduced) each(conv_reduce_blocks(p) * kConvThreads, [&](int64_t i) { conv_reduce<T>(p, i); });
   HostBlock<ConvNoState, kConvThreads> block;
   ConvAssembleShared<T> shared;
@@ -56,8 +70,8 @@ void lay_out(const ConvPlan& plan) {
 
 // sizes: images, channels of a group, groups, then 3 entries of each of size, kernel, step, dilation, low, high;
 // strides: of x. form: 0 direct, 1 shift, -1 as operations decide. Fills in form, boxes and parts of the plan.
-ConvPlan make_plan(int type, const void* x, const int64_t* sizes, const int64_t* strides, bool bias, int form,
-                   int64_t* chosen) {
+ConvPlan make_plan(int type, bool tensor, const void* x, const int64_t* sizes, const int64_t* strides, bool bias,
+                   int form, int64_t* chosen) {
   kronfac::ConvShape shape{};
   shape.images = sizes[0], shape.channels = sizes[1], shape.groups = sizes[2], shape.bias = bias;
   for (size_t axis = 0; axis < 3; ++axis) {
@@ -67,8 +81,8 @@ ConvPlan make_plan(int type, const void* x, const int64_t* sizes, const int64_t*
     const int64_t padded = shape.size[axis] + shape.low[axis] + shape.high[axis];
     shape.out[axis] = (padded - shape.dilation[axis] * (shape.kernel[axis] - 1) - 1) / shape.step[axis] + 1;
   }
-  const ConvInput input{static_cast<Element>(type),           x,    strides[0], strides[1],
-                        {strides[2], strides[3], strides[4]}, false};
+  const ConvInput input{static_cast<Element>(type),           x,     strides[0], strides[1],
+                        {strides[2], strides[3], strides[4]}, tensor};
   ConvPlan plan = plan_conv(shape, input, form < 0 ? std::nullopt : std::optional(static_cast<ConvForm>(form)));
   chosen[0] = static_cast<int64_t>(plan.form), chosen[1] = plan.product.boxes, chosen[2] = plan.product.parts;
   return plan;
@@ -76,16 +90,16 @@ ConvPlan make_plan(int type, const void* x, const int64_t* sizes, const int64_t*
 
 }  // namespace
 
-extern "C" void plan_conv_covariance(int type, const int64_t* sizes, const int64_t* strides, bool bias, int form,
-                                     int64_t* chosen) {
-  make_plan(type, nullptr, sizes, strides, bias, form, chosen);
+extern "C" void plan_conv_covariance(int type, bool tensor, const int64_t* sizes, const int64_t* strides, bool bias,
+                                     int form, int64_t* chosen) {
+  make_plan(type, tensor, nullptr, sizes, strides, bias, form, chosen);
 }
 
 // out_strides: 3.
-extern "C" void emulate_conv_covariance(int type, const void* x, const int64_t* sizes, const int64_t* strides,
-                                        bool bias, int form, int64_t* chosen, void* out, const int64_t* out_strides,
-                                        double decay, double scale) {
-  ConvPlan plan = make_plan(type, x, sizes, strides, bias, form, chosen);
+extern "C" void emulate_conv_covariance(int type, bool tensor, const void* x, const int64_t* sizes,
+                                        const int64_t* strides, bool bias, int form, int64_t* chosen, void* out,
+                                        const int64_t* out_strides, double decay, double scale) {
+  ConvPlan plan = make_plan(type, tensor, x, sizes, strides, bias, form, chosen);
   const std::vector<uint64_t> table = plan.table();
   plan.place(table.data());
   const Element element = plan.product.type;

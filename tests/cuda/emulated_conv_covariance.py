@@ -6,6 +6,7 @@ import ctypes
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from tests.cuda.emulation import TYPES, integers, library, pointer
@@ -43,6 +44,11 @@ def _arguments(
     return sizes, integers(*strides[:2], *ones, *strides[2:])
 
 
+def _tensor(x: Tensor, tf32: bool) -> ctypes.c_bool:
+    """Whether tensor cores form the products."""
+    return ctypes.c_bool(x.dtype in (torch.bfloat16, torch.float16) or (x.dtype == torch.float32 and tf32))
+
+
 def _plan(chosen: Any) -> Plan:
     names = {number: name for name, number in FORMS.items()}
     return Plan(names[chosen[0]], chosen[1], chosen[2])
@@ -55,11 +61,15 @@ def plan(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int = 1,
+    *,
+    tf32: bool = False,
 ) -> Plan:
     """What operations decide."""
     chosen = integers(0, 0, 0)
     sizes, strides = _arguments(x.shape, x.stride(), kernel_size, stride, padding, dilation, groups)
-    library(SOURCE).plan_conv_covariance(TYPES[x.dtype], sizes, strides, ctypes.c_bool(True), -1, chosen)
+    library(SOURCE).plan_conv_covariance(
+        TYPES[x.dtype], _tensor(x, tf32), sizes, strides, ctypes.c_bool(True), -1, chosen
+    )
     return _plan(chosen)
 
 
@@ -75,13 +85,15 @@ def conv_covariance_(
     decay: float = 0.0,
     scale: float = 1.0,
     form: str | None = None,
+    tf32: bool = False,
 ) -> Plan:
     """Update `out`; `form` is taken where it is possible, else what operations decide."""
     chosen = integers(0, 0, 0)
     sizes, strides = _arguments(x.shape, x.stride(), kernel_size, stride, padding, dilation, groups)
     out_strides = integers(*([0] if groups == 1 else []), *out.stride())
     library(SOURCE).emulate_conv_covariance(
-        TYPES[x.dtype], pointer(x), sizes, strides, ctypes.c_bool(bias), -1 if form is None else FORMS[form], chosen,
-        pointer(out), out_strides, ctypes.c_double(decay), ctypes.c_double(scale),
+        TYPES[x.dtype], _tensor(x, tf32), pointer(x), sizes, strides, ctypes.c_bool(bias),
+        -1 if form is None else FORMS[form], chosen, pointer(out), out_strides,
+        ctypes.c_double(decay), ctypes.c_double(scale),
     )  # fmt: skip
     return _plan(chosen)

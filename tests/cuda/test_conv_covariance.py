@@ -129,6 +129,44 @@ def test_long_sums_are_cut_into_parts(dtype: torch.dtype, form: str) -> None:
     assert covariance_error(out, expected) <= (1e-13 if dtype == torch.float64 else 5e-6)
 
 
+TENSOR_CORES = [
+    ((3, 64, 9, 9), [3, 3], [1, 1], [1, 1], 1, "contiguous"),
+    ((3, 64, 9, 9), [3, 3], [1, 1], [1, 1], 1, "channels_last"),  # in place
+    ((2, 70, 6, 7), [3, 3], [2, 2], [1, 1], 1, "channels_last"),  # rows are no multiples of 16 bytes
+    ((2, 130, 6, 5), [2, 2], [1, 1], [0, 0], 1, "contiguous"),  # several large tiles
+    ((2, 40, 8, 8), [3, 3], [1, 1], [1, 1], 5, "contiguous"),
+    ((2, 6, 8, 8), [3, 3], [1, 1], [1, 1], 2, "contiguous"),  # groups begin anywhere
+    ((1, 8, 1200), [3], [1], [1], 1, "contiguous"),  # many runs of positions, several parts
+]
+
+
+@pytest.mark.parametrize("form", ["shift", "direct"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("shape", "kernel", "stride", "padding", "groups", "layout"), TENSOR_CORES)
+def test_tensor_cores(
+    shape: tuple[int, ...],
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    groups: int,
+    layout: str,
+    dtype: torch.dtype,
+    form: str,
+) -> None:
+    x = make_map(shape, dtype, layout)
+    dilation = [1] * len(kernel)
+    expected = naive.conv_covariance(x.double(), kernel, stride, padding, dilation, groups, bias=True)
+    out = poisoned(tuple(expected.shape), torch.float32)
+    conv_covariance_(out, x, kernel, stride, padding, dilation, groups, bias=True, form=form, tf32=True)
+    assert torch.equal(out, out.mT)
+    # TF32 keeps 11 bits of each factor.
+    error = covariance_error(out, expected)
+    assert error <= (1e-3 if dtype == torch.float32 else 1e-5)
+    if dtype == torch.float32:
+        assert error > 1e-5
+        torch.testing.assert_close(out[..., -1, :].double(), expected[..., -1, :], rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("form", ["shift", "direct"])
 def test_non_finite_entries_stay_in_their_channel(form: str) -> None:
     x = torch.randn(2, 3, 6, 6)
