@@ -81,12 +81,30 @@ struct Launches {
   void poison(int32_t blocks) const { start("damped_inverse_poison", poison_kernel<T>, blocks, 0); }
 };
 
+template <class T>
+void launch_part(InversePart part, InverseBatch& batch, Stream stream) {
+  const Launches<T> go{batch, stream};
+  const int32_t tiles = batch.layout(0, InverseBatch::tiles);
+  switch (part) {
+    case InversePart::load:
+      return go.load(tiles);
+    case InversePart::finish:
+      return go.finish(tiles);
+    case InversePart::poison:
+      return go.poison(tiles);
+  }
+}
+
 }  // namespace
 
 void invert_batch(Element type, InverseBatch& batch, Stream stream) {
   static_assert(sizeof(InverseBatch) + sizeof(int32_t) <= 4096);
   type == Element::f64 ? inverse_launches(batch, Launches<double>{batch, stream})
                        : inverse_launches(batch, Launches<float>{batch, stream});
+}
+
+void invert_part(InversePart part, Element type, InverseBatch& batch, Stream stream) {
+  type == Element::f64 ? launch_part<double>(part, batch, stream) : launch_part<float>(part, batch, stream);
 }
 
 }  // namespace kronfac::cuda

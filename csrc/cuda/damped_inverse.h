@@ -4,7 +4,8 @@
 //   a_kk := -1 / d,  a_ik := a_ik / d,  a_ij := a_ij - a_ik a_jk / d.
 // Small matrices are swept in the shared memory of one block of threads, in double. Larger ones are swept by blocks of
 // kPivots pivots: invert the diagonal block D (as a small matrix), Y := U D^-1 for the columns U below and beside it,
-// then A := A - Y U^T on the lower triangle; each is one launch for all matrices that have that many blocks.
+// then A := A - Y U^T on the lower triangle; each is one launch for all matrices that have that many blocks. The
+// largest go through cuBLAS: blocked_inverse.h.
 //
 // The list travels as an argument of the kernels, in batches of kMostMatrices: no copy to the device, and a launch can
 // be captured in a CUDA graph.
@@ -57,5 +58,9 @@ struct InverseBatch {
 
 // batch.problem of one kind and type; info is zeroed before.
 void invert_batch(Element type, InverseBatch& batch, Stream stream);
+
+// Of large matrices only the beginning, the lower triangles of F + damping I, or the end: minus and mirror, or NaN.
+enum class InversePart { load, finish, poison };
+void invert_part(InversePart part, Element type, InverseBatch& batch, Stream stream);
 
 }  // namespace kronfac::cuda

@@ -1,4 +1,6 @@
-// out_i = Q_L [(Q_L^T grad_i Q_R) / (E + damping_i)] Q_R^T and <out_i, grad_i>, all layers in five launches.
+// out_i = Q_L [(Q_L^T grad_i Q_R) / (E + damping_i)] Q_R^T and <out_i, grad_i>, all small layers in five launches,
+// large ones by cuBLAS.
+#include <functional>
 #include <tuple>
 
 #include "cuda/layers.h"
@@ -13,18 +15,30 @@ std::tuple<std::vector<Tensor>, Tensor> eigen_precondition(std::vector<Tensor> g
   const OnDeviceOf device(damping);
   const ScalarType type = damping.scalar_type();
   const bool wide = type == ScalarType::Double;
-  std::vector<Tensor> out, inner, middle;
-  for (const Tensor& grad : grads) {
-    const int64_t rows = grad.size(0), columns = grad.size(1);
-    out.push_back(empty_like(grad, {rows, columns}, grad.scalar_type()));
-    inner.push_back(empty_like(grad, {rows, columns}, type));
-    middle.push_back(empty_like(grad, {rows, columns}, type));
-  }
+  std::vector<Tensor> out;
+  for (const Tensor& grad : grads) out.push_back(empty_like(grad, {grad.size(0), grad.size(1)}, grad.scalar_type()));
   const Tensor dots = empty_like(damping, {static_cast<int64_t>(grads.size())}, type);
-  each_batch(grads, [&](const std::vector<size_t>& layers) {
+  const int64_t damping_stride = damping.dim() == 0 ? 0 : damping.stride(0);
+  const auto is_large = [&](size_t l) { return large(grads, l); };
+  each_batch(grads, is_large, [&](const std::vector<size_t>& layers) {
+    std::vector<LargeLayer> list;
+    for (const size_t l : layers) {
+      list.push_back({view_of(grads[l]), view_of(left_vectors[l]), view_of(right_vectors[l]), view_of(eigenvalues[l]),
+                      out[l].mutable_data_ptr(), grads[l].size(0), grads[l].size(1), static_cast<int32_t>(l)});
+    }
+    LargeLaunches launches(damping, grads[layers[0]], wide, dots.mutable_data_ptr(), device.stream());
+    LargeChain(list, launches).eigen(damping.const_data_ptr(), damping_stride);
+  });
+  std::vector<Tensor> inner(grads.size(), dots), middle(grads.size(), dots);
+  each_batch(grads, std::not_fn(is_large), [&](const std::vector<size_t>& layers) {
+    for (const size_t l : layers) {
+      for (std::vector<Tensor>* memory : {&inner, &middle}) {
+        (*memory)[l] = empty_like(grads[l], {grads[l].size(0), grads[l].size(1)}, type);
+      }
+    }
     ProductBatch batch{};
     batch.damping = damping.const_data_ptr();
-    batch.damping_stride = damping.dim() == 0 ? 0 : damping.stride(0);
+    batch.damping_stride = damping_stride;
     const auto products = [&](const auto& set) {
       batch.count = 0;
       for (const size_t l : layers) {

@@ -1,4 +1,5 @@
-// out_i = left_i grad_i right_i and <out_i, grad_i>, all layers in three launches.
+// out_i = left_i grad_i right_i and <out_i, grad_i>, all small layers in three launches, large ones by cuBLAS.
+#include <functional>
 #include <tuple>
 
 #include "cuda/layers.h"
@@ -15,14 +16,28 @@ std::tuple<std::vector<Tensor>, Tensor> kron_precondition(std::vector<Tensor> gr
   const OnDeviceOf device(grads[0]);
   const ScalarType type = left[0].scalar_type();
   const bool wide = type == ScalarType::Double;
-  std::vector<Tensor> out, inner;
-  for (const Tensor& grad : grads) {
-    const int64_t rows = grad.size(0), columns = grad.size(1);
-    out.push_back(empty_like(grad, {rows, columns}, grad.scalar_type()));
-    inner.push_back(empty_like(grad, {rows, columns}, type));
-  }
+  std::vector<Tensor> out;
+  for (const Tensor& grad : grads) out.push_back(empty_like(grad, {grad.size(0), grad.size(1)}, grad.scalar_type()));
   const Tensor dots = empty_like(grads[0], {static_cast<int64_t>(grads.size())}, type);
-  each_batch(grads, [&](const std::vector<size_t>& layers) {
+  const auto is_large = [&](size_t l) { return large(grads, l); };
+  each_batch(grads, is_large, [&](const std::vector<size_t>& layers) {
+    std::vector<LargeLayer> list;
+    for (const size_t l : layers) {
+      list.push_back({view_of(grads[l]),
+                      view_of(left[l]),
+                      view_of(right[l]),
+                      {},
+                      out[l].mutable_data_ptr(),
+                      grads[l].size(0),
+                      grads[l].size(1),
+                      static_cast<int32_t>(l)});
+    }
+    LargeLaunches launches(grads[0], grads[layers[0]], wide, dots.mutable_data_ptr(), device.stream());
+    LargeChain(list, launches).kron();
+  });
+  std::vector<Tensor> inner(grads.size(), dots);
+  each_batch(grads, std::not_fn(is_large), [&](const std::vector<size_t>& layers) {
+    for (const size_t l : layers) inner[l] = empty_like(grads[l], {grads[l].size(0), grads[l].size(1)}, type);
     ProductBatch batch{};
     const auto products = [&](const auto& set) {
       batch.count = 0;

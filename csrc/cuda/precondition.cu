@@ -10,6 +10,23 @@ __global__ void __launch_bounds__(kProductThreads, 2) product_kernel(const __gri
   product_tile<kFinish, B, Grad, T>(block, shared, batch, blockIdx.x);
 }
 
+struct SumState {
+  double sum;
+};
+
+template <Finish kFinish, class A, class Grad, class T>
+__global__ void __launch_bounds__(kProductThreads) finish_kernel(const __grid_constant__ ProductBatch batch) {
+  __shared__ double sums_of_warps[kProductThreads / 32];
+  DeviceBlock<SumState> block;
+  finish_tile<kFinish, A, Grad, T>(block, sums_of_warps, batch, blockIdx.x);
+}
+
+__global__ void __launch_bounds__(kMostAddresses) addresses_kernel(const __grid_constant__ Addresses addresses) {
+  if (static_cast<int32_t>(threadIdx.x) < addresses.count) {
+    addresses.target[threadIdx.x] = addresses.address[threadIdx.x];
+  }
+}
+
 template <class T>
 __global__ void __launch_bounds__(32) dot_kernel(const __grid_constant__ ProductBatch batch, T* dots) {
   DeviceBlock<DotState> block;
@@ -34,7 +51,40 @@ void launch(const ProductBatch& batch, Finish finish, bool b_grad, Stream stream
   }
 }
 
+template <class Grad, class T>
+void launch_finish(const ProductBatch& batch, Finish finish, bool a_grad, Stream stream) {
+  const auto start = [&](void (*kernel)(ProductBatch)) {
+    kernel<<<static_cast<unsigned>(batch.first[batch.count]), kProductThreads, 0, stream>>>(batch);
+    check_launch("finish");
+  };
+  switch (finish) {
+    case Finish::store:
+      return start(a_grad ? finish_kernel<Finish::store, Grad, T, T> : finish_kernel<Finish::store, T, T, T>);
+    case Finish::dot:
+      return start(finish_kernel<Finish::dot, T, Grad, T>);
+    case Finish::divide:
+      return start(finish_kernel<Finish::divide, T, T, T>);
+    case Finish::rounded:
+      return start(finish_kernel<Finish::rounded, T, Grad, T>);
+  }
+}
+
 }  // namespace
+
+void finish(const ProductBatch& batch, Finish finish, Element grad, bool wide, bool a_grad, Stream stream) {
+  if (batch.first[batch.count] == 0) return;
+  if (wide) return launch_finish<double, double>(batch, finish, a_grad, stream);
+  if (grad == Element::bf16) return launch_finish<BFloat16, float>(batch, finish, a_grad, stream);
+  if (grad == Element::f16) return launch_finish<Half, float>(batch, finish, a_grad, stream);
+  launch_finish<float, float>(batch, finish, a_grad, stream);
+}
+
+void store_addresses(const Addresses& addresses, Stream stream) {
+  static_assert(sizeof(Addresses) <= 4096 && kMostAddresses <= 1024);
+  if (addresses.count == 0) return;
+  addresses_kernel<<<1, kMostAddresses, 0, stream>>>(addresses);
+  check_launch("store_addresses");
+}
 
 void product(const ProductBatch& batch, Finish finish, Element grad, bool wide, bool b_grad, Stream stream) {
   static_assert(sizeof(ProductBatch) + sizeof(void*) <= 4096);

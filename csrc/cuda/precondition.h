@@ -21,11 +21,18 @@ enum class Finish {
   rounded,  // c := C, rounded to the type of grad
 };
 
+// A matrix as a factor of a product.
+struct View {
+  const void* data;
+  int64_t row, column;  // strides
+  View transposed() const { return {data, column, row}; }
+};
+
 struct Product {
-  const void* a;  // (m, k)
+  const void* a;  // (m, k); C itself in `finish`
   const void* b;  // (k, n)
   int64_t a_row, a_k, b_k, b_column;
-  void* c;            // (m, n), contiguous
+  void* c;            // (m, n), contiguous; null where `dot` has nothing to round
   const void* other;  // (m, n)
   int64_t other_row, other_column;
   int32_t m, n, k, index;  // index: its place in damping and dots
@@ -50,9 +57,22 @@ struct ProductBatch {
   }
 };
 
+// A list of addresses on its way to the device's memory.
+inline constexpr int32_t kMostAddresses = 4 * 3 * kMostLayers;  // three matrices in each of four products
+struct Addresses {
+  const void* address[kMostAddresses];
+  int32_t count;
+  const void** target;
+};
+
 // a and b are of type f32 or f64 (`wide`), except that b is of type `grad` where b_grad says so, and what is rounded,
 // and other in `dot`.
 void product(const ProductBatch& batch, Finish finish, Element grad, bool wide, bool b_grad, Stream stream);
+// Only what becomes of C, where C (m, n) is there already, in a with strides a_row and a_k; tiles are those of `wide`.
+// `store` copies an a of any strides, of type `grad` where a_grad says so.
+void finish(const ProductBatch& batch, Finish finish, Element grad, bool wide, bool a_grad, Stream stream);
+// Writes addresses, which the kernel's arguments hold, to the memory of the device.
+void store_addresses(const Addresses& addresses, Stream stream);
 // dots[index] := the sum of a layer's partial numbers, in order.
 void product_dots(const ProductBatch& batch, bool wide, void* dots, Stream stream);
 

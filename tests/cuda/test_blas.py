@@ -70,7 +70,8 @@ def column_major(tensor: Tensor, leading: int) -> Tensor:
 
 def modes(library: Any) -> list[int]:
     values = (ctypes.c_int * 64)()
-    return list(values)[: library.fake_calls(values)]
+    calls: int = library.fake_calls(values)
+    return list(values)[:calls]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -36,8 +36,9 @@ def eigen_precondition(
 
     ``E`` is the outer product of the factors' eigenvalues for K-FAC with exact damping, or any second moment in that
     basis for EKFAC (George et al., arXiv:1806.03884). The damping enters here and nowhere else: take the bases from
-    `damped_eigh` with damping 0. Layers and parts of large layers are shared among threads. Differentiable any number
-    of times in all tensor arguments.
+    `damped_eigh` with damping 0. Layers and parts of large layers are shared among threads. On a GPU large layers are
+    multiplied by cuBLAS, which rounds float32 factors to TF32 where ``torch.backends.cuda.matmul`` allows it; small
+    ones never do. Differentiable any number of times in all tensor arguments.
 
     Args:
         grads: gradients (out_i, in_i), any strides; float32 or float64 like the bases, or bfloat16 or float16 beside

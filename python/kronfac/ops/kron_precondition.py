@@ -23,7 +23,8 @@ def kron_precondition(
 
     With inverse K-FAC factors ``left = G^-1`` and ``right = A^-1`` this is the preconditioned gradient (Martens and
     Grosse, arXiv:1503.05671, section 4). Layers and parts of large layers are shared among threads; nothing waits for
-    the device. Differentiable any number of times in all arguments.
+    the device. On a GPU large layers are multiplied by cuBLAS, which rounds float32 factors to TF32 where
+    ``torch.backends.cuda.matmul`` allows it; small ones never do. Differentiable any number of times in all arguments.
 
     Args:
         grads: gradients (out_i, in_i), any strides; float32 or float64 like the factors, or bfloat16 or float16
@@ -34,9 +35,7 @@ def kron_precondition(
     Returns:
         The products, contiguous, each in the dtype of its gradient; and ``dots`` of shape (len(grads),) in the dtype
         of the factors: ``<left[i] grads[i] right[i], grads[i]>``, summed in float64, of the product before it is
-        rounded to
-            the
-        dtype of the gradient.
+        rounded to the dtype of the gradient.
 
     Raises:
         RuntimeError: the lists differ in length, or ranks, sizes, dtypes or devices do not fit.
