@@ -1,6 +1,8 @@
 // The checks of operators that are the same on every device: what the schema cannot say.
 #pragma once
 
+#include <optional>
+
 #include "common/overlap.h"
 
 namespace kronfac {
@@ -69,6 +71,31 @@ inline void check_damped_inverse(const std::vector<Tensor>& factors, const Tenso
     check_square(kOp, item("factors", i), factors[i]);
     check_dtype(kOp, item("factors", i), factors[i], damping.scalar_type(), "the type of damping");
     check_device(kOp, item("factors", i), factors[i], damping, "damping");
+  }
+  check_damping_shape(kOp, damping, factors.size());
+}
+
+inline void check_damped_eigh(const std::vector<Tensor>& factors, const Tensor& damping,
+                              const std::optional<std::vector<Tensor>>& basis) {
+  constexpr const char* kOp = "damped_eigh";
+  check_wide(kOp, "damping", damping);
+  const ScalarType type = damping.scalar_type();
+  for (size_t i = 0; i < factors.size(); ++i) {
+    check_square(kOp, item("factors", i), factors[i]);
+    check_dtype(kOp, item("factors", i), factors[i], type, "the type of damping");
+    check_device(kOp, item("factors", i), factors[i], damping, "damping");
+  }
+  if (basis) {
+    check_length(kOp, "basis", *basis, factors.size(), "factors");
+    for (size_t i = 0; i < factors.size(); ++i) {
+      const Tensor& q = (*basis)[i];
+      const Arg arg = item("basis", i);
+      check_square(kOp, arg, q);
+      check_dtype(kOp, arg, q, type, "the type of damping");
+      check_device(kOp, arg, q, damping, "damping");
+      STD_TORCH_CHECK(q.size(0) == factors[i].size(0), "kronfac::", kOp, ": ", arg, ": expected the shape of ",
+                      item("factors", i), " ", shape_string(factors[i]), ", got ", shape_string(q));
+    }
   }
   check_damping_shape(kOp, damping, factors.size());
 }

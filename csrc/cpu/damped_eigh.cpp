@@ -8,6 +8,8 @@
 #include <string>
 #include <tuple>
 
+#include "common/arguments.h"
+#include "common/linalg_eigh.h"
 #include "cpu/refine_eigenbasis.h"
 #include "kernels/batch_eigh.h"
 
@@ -84,22 +86,7 @@ Tensor empty_columns(int64_t n, ScalarType type) {
   return empty_strided(std::array<int64_t, 2>{n, n}, std::array<int64_t, 2>{1, std::max<int64_t>(n, 1)}, type);
 }
 
-// Calls aten::linalg_eigh on one triangle, "L" or "U"; false when it failed. Never throws: it runs inside parallel
-// regions.
-bool solve(const Tensor& matrix, const char* triangle, Tensor& values, Tensor& vectors) noexcept {
-  try {
-    namespace detail = torch::stable::detail;
-    std::array<StableIValue, 2> stack{detail::from(matrix), detail::from(std::string(triangle))};
-    if (torch_call_dispatcher("aten::linalg_eigh", "", stack.data(), TORCH_ABI_VERSION) != 0) return false;
-    values = detail::to<Tensor>(stack[0]);
-    vectors = detail::to<Tensor>(stack[1]);
-    return true;
-  } catch (...) {
-    return false;
-  }
-}
-
-// The same for one problem, through a plain view of the factor: worker threads have no grad mode of their caller.
+// torch's solver for one problem, through a plain view of the factor: worker threads have no grad mode of their caller.
 bool solve(const Problem& p, ScalarType type, Solution& solution) noexcept {
   try {
     const bool upper = p.n >= kUpperOrder;
@@ -107,7 +94,7 @@ bool solve(const Problem& p, ScalarType type, Solution& solution) noexcept {
     const std::array<int64_t, 2> strides{upper ? p.col_stride : p.row_stride, upper ? p.row_stride : p.col_stride};
     const Tensor view = torch::stable::from_blob(const_cast<void*>(p.data), sizes, strides,
                                                  torch::stable::Device(torch::headeronly::DeviceType::CPU), type);
-    return solve(view, upper ? "U" : "L", solution.values, solution.vectors);
+    return linalg_eigh(view, upper ? "U" : "L", solution.values, solution.vectors);
   } catch (...) {
     return false;
   }
@@ -182,7 +169,7 @@ bool diagonalize_batch(const std::vector<Problem>& problems, const std::vector<i
       }
     }
     Tensor values, vectors;
-    if (!solve(torch::stable::transpose(storage, 1, 2), "L", values, vectors)) return false;
+    if (!linalg_eigh(torch::stable::transpose(storage, 1, 2), "L", values, vectors)) return false;
     const T* all_values = static_cast<const T*>(values.const_data_ptr());
     const T* all_vectors = static_cast<const T*>(vectors.const_data_ptr());
     if (values.stride(1) != 1 || vectors.stride(1) != 1 || vectors.stride(2) != n) return false;
@@ -282,25 +269,8 @@ void fill_with_nan(Solution& solution, int64_t n, ScalarType type) {
 using Result = std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor>;
 
 Result damped_eigh(std::vector<Tensor> factors, Tensor damping, std::optional<std::vector<Tensor>> basis) {
-  check_wide(kOp, "damping", damping);
+  check_damped_eigh(factors, damping, basis);
   const ScalarType type = damping.scalar_type();
-  for (size_t i = 0; i < factors.size(); ++i) {
-    check_square(kOp, item("factors", i), factors[i]);
-    check_dtype(kOp, item("factors", i), factors[i], type, "the type of damping");
-    check_device(kOp, item("factors", i), factors[i], damping, "damping");
-  }
-  if (basis) {
-    check_length(kOp, "basis", *basis, factors.size(), "factors");
-    for (size_t i = 0; i < factors.size(); ++i) {
-      const Tensor& q = (*basis)[i];
-      const Arg arg = item("basis", i);
-      check_square(kOp, arg, q);
-      check_dtype(kOp, arg, q, type, "the type of damping");
-      check_device(kOp, arg, q, damping, "damping");
-      STD_TORCH_CHECK(q.size(0) == factors[i].size(0), "kronfac::", kOp, ": ", arg, ": expected the shape of ",
-                      item("factors", i), " ", shape_string(factors[i]), ", got ", shape_string(q));
-    }
-  }
   const std::vector<double> shifts = read_damping(kOp, damping, factors.size());
 
   const int64_t threads = thread_count();
