@@ -75,6 +75,15 @@ def _cublas(library: str | None) -> str:
     return version().decode() or "not found: products by own kernels"
 
 
+def _cusolver(library: str | None) -> str:
+    # What diagonalises matrices that are too large for the shared memory of a multiprocessor.
+    if library is None:
+        return "not looked for"
+    describe = ctypes.CDLL(library).kronfac_cuda_solver
+    describe.restype = ctypes.c_char_p
+    return str(describe().decode())
+
+
 def _cuda_facts() -> dict[str, Any]:
     import torch
 
@@ -91,5 +100,6 @@ def _cuda_facts() -> dict[str, Any]:
         "torch": f"CUDA {torch.version.cuda}",
         "operators": state,
         "cublas": _cublas(_library.LOADED.get("_ops_cuda")),
+        "cusolver": _cusolver(_library.LOADED.get("_ops_cuda")),
         "devices": [torch.cuda.get_device_name(index) for index in range(count)] or "none",
     }
