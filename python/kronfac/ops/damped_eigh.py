@@ -33,6 +33,11 @@ def damped_eigh(
     the others as they would have been without it. The matrices are solved side by side on the threads there are,
     except that one with more than its share of the whole work runs alone with the solver's own threads.
 
+    On CUDA, matrices up to order 112 are solved by Jacobi rotations in shared memory, up to 48 in a launch; larger ones
+    of one order together by cuSOLVER's batched solver, up to order 2048, where the library that torch brings has one
+    (``kronfac info`` says which is in use); all others by `torch.linalg.eigh`, one after another, which waits for the
+    device. What is not finite never reaches a library.
+
     Args:
         factors: symmetric matrices (n_i, n_i) of any sizes and strides, float32 or float64. Only the lower triangle
             is read, whatever stands in the upper one.
@@ -43,18 +48,18 @@ def damped_eigh(
             (Ogita and Aishima, Japan J. Indust. Appl. Math. 35, 2018) instead of solving anew; that succeeds when the
             matrix has hardly changed (in float32 by up to about 1e-5 of its norm), and what fails the test of
             residual and orthogonality is solved in full. The result is as accurate with any basis, even a bad one, as
-            without.
+            without. On CUDA it is not used: whether the test holds is known there only on the device.
 
     Returns:
         The eigenvalues (n_i,) in ascending order, not below ``damping[i]`` (a factor is positive semi-definite, so
         what lies below is rounding); the eigenvectors (n_i, n_i) as orthonormal columns, in column-major storage
         (strides (1, n_i)); and ``info``, int32 of shape (len(factors),): 0 for success, 1 when the solver did not
-        converge, -1 when the lower triangle is not finite.
+        converge, -1 when the lower triangle is not finite (on CUDA also when the damping is not finite or negative).
 
     Raises:
         RuntimeError: a factor or basis is not a square matrix or not float32 or float64, sizes, dtypes or devices
-            differ, `damping` has another shape or holds negative or non-finite values, or an input requires grad: the
-            operator is not differentiable.
+            differ, `damping` has another shape or, on the CPU, holds negative or non-finite values, or an input
+            requires grad: the operator is not differentiable.
     """
     operator = torch.ops.kronfac.damped_eigh.default if wants_graph(factors, (damping,), basis or ()) else _DETACHED
     values, vectors, info = operator(list(factors), damping, None if basis is None else list(basis))
