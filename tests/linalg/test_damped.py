@@ -124,11 +124,12 @@ def test_eigenvalues_below_rounding_are_raised_to_it() -> None:
 
 
 def test_an_eigensolver_that_fails_is_retried_with_a_shift(monkeypatch: pytest.MonkeyPatch) -> None:
-    real, shifts = damped.ops.damped_eigh, []
+    real, shifts, dtypes = damped.ops.damped_eigh, [], []
 
     def stubborn(factors, damping, basis=None):  # type: ignore[no-untyped-def]
         values, vectors, info = real(factors, damping, basis)
         shifts.append(damping.tolist())
+        dtypes.append(factors[0].dtype)
         return values, vectors, torch.where(damping < 1e-5, 1, info).to(torch.int32)
 
     monkeypatch.setattr(damped.ops, "damped_eigh", stubborn)
@@ -140,6 +141,8 @@ def test_an_eigensolver_that_fails_is_retried_with_a_shift(monkeypatch: pytest.M
     (pair,) = result.values
     assert pair is not None
     values, vectors = pair
+    assert dtypes[:2] == [torch.float32, torch.float64]
+    assert values.dtype == vectors.dtype == torch.float32
     rebuilt = vectors @ torch.diag(values) @ vectors.T
     torch.testing.assert_close(rebuilt, factor + shifts[-1][0] * torch.eye(4), rtol=1e-4, atol=1e-5)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -117,7 +117,7 @@ def damped_inverses(factors: Sequence[Tensor], damping: Tensor) -> Inverses:
 
 
 def eigenbases(factors: Sequence[Tensor]) -> Eigenbases:
-    """Diagonalise each factor; one that the solver does not converge on is retried with a growing diagonal shift.
+    """Diagonalise each factor; one that the solver fails on is retried in float64 with a growing diagonal shift.
 
     Eigenvalues below the rounding error of the largest are noise of either sign and are raised to it, which keeps a
     division by (product of eigenvalues + λ) from overflowing however small λ is. A shift that was needed stays in.
@@ -128,26 +128,38 @@ def eigenbases(factors: Sequence[Tensor]) -> Eigenbases:
     Returns:
         `Eigenbases`; nothing raises for a numerical reason.
     """
+    if not factors:
+        return Eigenbases([], 0)
+    dtype = factors[0].dtype
 
     def attempt(some: Sequence[Tensor], shifts: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-        spectra, vectors, info = ops.damped_eigh(some, shifts)
+        wide_spectra, wide_vectors, info = ops.damped_eigh(some, shifts)
+        spectra, vectors = [x.to(dtype) for x in wide_spectra], [x.to(dtype) for x in wide_vectors]
         # One entry that is not finite shows in the sum, and that of unit vectors cannot overflow.
         sums = torch.stack([basis.sum() for basis in vectors])
         good = (info == 0) & _all_finite(spectra) & sums.isfinite()
-        noise = torch.finfo(shifts.dtype).eps
+        noise = torch.finfo(dtype).eps
         floored = [torch.maximum(values, values[-1:] * noise) for values in spectra]
         return list(zip(floored, vectors, strict=True)), good
 
-    if not factors:
-        return Eigenbases([], 0)
-    values, retried = _with_retries(attempt, factors, factors[0].new_zeros(len(factors)))
+    def in_double(some: Sequence[Tensor], shifts: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+        return attempt([factor.double() for factor in some], shifts.double())
+
+    values, retried = _with_retries(attempt, factors, factors[0].new_zeros(len(factors)), again=in_double)
     return Eigenbases(values, retried)
 
 
+_Attempt: TypeAlias = Callable[[Sequence[Tensor], Tensor], tuple[list[_T], Tensor]]
+
+
 def _with_retries(
-    attempt: Callable[[Sequence[Tensor], Tensor], tuple[list[_T], Tensor]], factors: Sequence[Tensor], damping: Tensor
+    attempt: _Attempt[_T], factors: Sequence[Tensor], damping: Tensor, again: _Attempt[_T] | None = None
 ) -> tuple[list[_T | None], int]:
-    """Call ``attempt(factors, damping) -> (results, which are good)``, then again on what failed, with more damping."""
+    """Call ``attempt(factors, damping) -> (results, which are good)``, then `again` on what failed, with more damping.
+
+    Without `again`, `attempt` is called again.
+    """
+    again = again or attempt
     if not factors:
         return [], 0
     results, good = attempt(factors, damping)
@@ -163,7 +175,7 @@ def _with_retries(
         least = torch.stack([_mean_diagonal(factor).abs() for factor in some]) * torch.finfo(damping.dtype).eps
         # A factor with an overflowing diagonal stays a failure; the operators refuse dampings that are not finite.
         shifts = torch.maximum(damping[failed], least.nan_to_num(nan=0.0, posinf=0.0)) * 10.0**round_
-        results, good = attempt(some, shifts)
+        results, good = again(some, shifts)
         fine = good.tolist()
         for index, result, ok in zip(failed, results, fine, strict=True):
             values[index] = result if ok else None
