@@ -79,14 +79,31 @@ struct DeviceBlock {
   }
 };
 #else
+// The order in which HostBlock runs the threads of a phase, chosen by the tests. On the GPU there is none: a result that
+// depends on it is a race, one thread reading or overwriting what another one writes in the same phase. Any two threads
+// come both ways round in the first two orders; the third differs from phase to phase. What is not seen here is a missing
+// barrier, because each_warp has none on the GPU and ends everywhere at once here.
+enum class ThreadOrder { ascending, descending, shuffled };
+inline ThreadOrder thread_order = ThreadOrder::ascending;
+
 template <class State_, int kThreads>
 struct HostBlock {
   using State = State_;
   State state[kThreads];
+  int sequence[kThreads];
+  uint32_t random = 1;
+
+  HostBlock() {
+    forget();
+    for (int i = 0; i < kThreads; ++i) sequence[i] = thread_order == ThreadOrder::descending ? kThreads - 1 - i : i;
+  }
+  // Registers hold anything at first: here NaN, and -1 as an integer.
+  void forget() { std::memset(static_cast<void*>(state), 0xff, sizeof state); }
 
   template <class Phase>
   void each(const Phase& phase) {
-    for (int thread = 0; thread < kThreads; ++thread) phase(thread, state[thread]);
+    if (thread_order == ThreadOrder::shuffled) shuffle();
+    for (const int thread : sequence) phase(thread, state[thread]);
   }
   template <class Phase>
   void each_warp(const Phase& phase) {
@@ -136,6 +153,17 @@ struct HostBlock {
       if (copy.bytes > 0) std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.bytes));
     }
     copies.erase(copies.begin(), copies.begin() + static_cast<std::ptrdiff_t>(arrived));
+  }
+
+ private:
+  // Fisher and Yates with a linear congruential generator.
+  void shuffle() {
+    for (uint32_t i = kThreads - 1; i > 0; --i) {
+      random = random * 1664525u + 1013904223u;
+      const uint32_t other = (random >> 8) % (i + 1);
+      const int thread = sequence[i];
+      sequence[i] = sequence[other], sequence[other] = thread;
+    }
   }
 };
 #endif

@@ -1,5 +1,7 @@
 // The kernel templates of csrc/cuda, run thread by thread on the CPU: the source that nvcc compiles, with plain loops
 // in place of the launches. Element types are numbered as in cuda/launch.h.
+#include "emulation.h"
+
 #include <memory>
 #include <vector>
 
@@ -12,6 +14,8 @@ using namespace kronfac::cuda;
 
 namespace {
 
+int64_t bytes_of_sums(Element type) { return type == Element::f64 ? 8 : 4; }
+
 template <class In, class T, bool kSingle>
 void second_moment_blocks(const SecondMoment& p) {
   using Tile = typename SecondMomentTile<T>::Tile;
@@ -20,7 +24,7 @@ void second_moment_blocks(const SecondMoment& p) {
   for (int64_t row = 0; row * Tile::kRows < p.outputs; ++row) {
     for (int64_t column = 0; column * Tile::kColumns < p.columns(); ++column) {
       for (int64_t part = 0; part < p.parts; ++part) {
-        second_moment_tile<In, T, kSingle>(*block, *shared, p, row, column, part);
+        second_moment_tile<In, T, kSingle>(fresh(*block), fresh(*shared), p, row, column, part);
       }
     }
   }
@@ -40,10 +44,10 @@ void orthogonalize_of(const Orthogonalize& p) {
   OrthogonalizeShared<T> shared;
   for (int64_t sweep = 0; sweep <= p.passes; ++sweep) {
     for (int64_t i = 0; i < p.blocks; ++i) {
-      orthogonalize_sweep<T>(block, shared, p, i, sweep > 0, sweep < p.passes);
+      orthogonalize_sweep<T>(fresh(block), fresh(shared), p, i, sweep > 0, sweep < p.passes);
     }
     if (sweep == p.passes) return;
-    for (int64_t i = 0; i < p.m; ++i) orthogonalize_coefficient<T>(warp, p, i, sweep == 0);
+    for (int64_t i = 0; i < p.m; ++i) orthogonalize_coefficient<T>(fresh(warp), p, i, sweep == 0);
   }
 }
 
@@ -53,7 +57,6 @@ struct EmulatedLaunches {
   HostBlock<NoState, kInverseThreads>& plain;
   HostBlock<InverseState<T>, kInverseThreads>& tiled;
   typename InverseTile<T>::Shared& shared;
-  std::vector<double>& memory;
 
   // Blocks of a launch in either direction: their order must not matter.
   template <class F>
@@ -61,25 +64,27 @@ struct EmulatedLaunches {
     for (int32_t i = blocks; i > 0; --i) f(i - 1);
   }
   void small(int32_t blocks) const {
-    each(blocks, [&](int32_t i) { small_inverse<T>(plain, memory.data(), batch, i); });
+    Memory shared_memory(sweep_bytes(batch.problem[0].n));
+    each(blocks, [&](int32_t i) { small_inverse<T>(fresh(plain), shared_memory.fresh<double>(), batch, i); });
   }
   void load(int32_t blocks) const {
-    each(blocks, [&](int32_t i) { inverse_load<T>(plain, batch, i); });
+    each(blocks, [&](int32_t i) { inverse_load<T>(fresh(plain), batch, i); });
   }
   void pivots(int32_t blocks, int32_t step) const {
-    each(blocks, [&](int32_t i) { inverse_pivots<T>(plain, memory.data(), batch, i, step); });
+    Memory shared_memory(sweep_bytes(kPivots));
+    each(blocks, [&](int32_t i) { inverse_pivots<T>(fresh(plain), shared_memory.fresh<double>(), batch, i, step); });
   }
   void panel(int32_t blocks, int32_t step) const {
-    each(blocks, [&](int32_t i) { inverse_panel<T>(tiled, shared, batch, i, step); });
+    each(blocks, [&](int32_t i) { inverse_panel<T>(fresh(tiled), fresh(shared), batch, i, step); });
   }
   void update(int32_t blocks, int32_t step) const {
-    each(blocks, [&](int32_t i) { inverse_update<T>(tiled, shared, batch, i, step); });
+    each(blocks, [&](int32_t i) { inverse_update<T>(fresh(tiled), fresh(shared), batch, i, step); });
   }
   void finish(int32_t blocks) const {
-    each(blocks, [&](int32_t i) { inverse_finish<T>(plain, batch, i); });
+    each(blocks, [&](int32_t i) { inverse_finish<T>(fresh(plain), batch, i); });
   }
   void poison(int32_t blocks) const {
-    each(blocks, [&](int32_t i) { inverse_poison<T>(plain, batch, i); });
+    each(blocks, [&](int32_t i) { inverse_poison<T>(fresh(plain), batch, i); });
   }
 };
 
@@ -88,8 +93,7 @@ void damped_inverse_of(InverseBatch& batch) {
   HostBlock<NoState, kInverseThreads> plain;
   const auto tiled = std::make_unique<HostBlock<InverseState<T>, kInverseThreads>>();
   const auto shared = std::make_unique<typename InverseTile<T>::Shared>();
-  std::vector<double> memory(static_cast<size_t>(sweep_bytes(kSmallOrder)) / sizeof(double));
-  inverse_launches(batch, EmulatedLaunches<T>{batch, plain, *tiled, *shared, memory});
+  inverse_launches(batch, EmulatedLaunches<T>{batch, plain, *tiled, *shared});
 }
 
 template <Finish kFinish, class B, class Grad, class T>
@@ -97,7 +101,7 @@ void product_blocks(const ProductBatch& batch) {
   const auto block = std::make_unique<HostBlock<ProductState<T>, kProductThreads>>();
   const auto shared = std::make_unique<ProductShared<T>>();
   for (int32_t i = batch.first[batch.count]; i > 0; --i) {
-    product_tile<kFinish, B, Grad, T>(*block, *shared, batch, i - 1);
+    product_tile<kFinish, B, Grad, T>(fresh(*block), fresh(*shared), batch, i - 1);
   }
 }
 
@@ -123,8 +127,8 @@ extern "C" int64_t emulate_second_moment(int type, const void* g, const void* x,
   p.out_row = strides[6], p.out_column = strides[7];
   p.bias = bias, p.decay = decay, p.scale = scale;
   p.parts = second_moment_parts(p);
-  const std::unique_ptr<double[]> partial(new double[static_cast<size_t>(p.parts * p.outputs * p.columns())]);
-  p.partial = partial.get();
+  Memory partial(p.parts > 1 ? p.parts * p.outputs * p.columns() * bytes_of_sums(p.type) : 0);
+  p.partial = partial.fresh<void>();
   if (p.type == Element::f32) second_moment_of<float, float>(p);
   if (p.type == Element::f64) second_moment_of<double, double>(p);
   if (p.type == Element::bf16) second_moment_of<BFloat16, float>(p);
@@ -141,8 +145,8 @@ extern "C" int64_t emulate_orthogonalize(int type, void* w, const void* v, void*
   p.w_stride = strides[0], p.row_stride = strides[1], p.column_stride = strides[2];
   p.width = orthogonalize_width(p.m, p.type == Element::f64 ? 8 : 4);
   p.blocks = (p.n + p.width - 1) / p.width;
-  std::vector<double> memory(static_cast<size_t>(p.m * (p.blocks + 2)));
-  p.latest = memory.data(), p.total = p.latest + p.m, p.partial = p.total + p.m;
+  Memory memory(p.m * (p.blocks + 2) * int64_t{sizeof(double)});
+  p.latest = memory.fresh<double>(), p.total = p.latest + p.m, p.partial = p.total + p.m;
   p.type == Element::f64 ? orthogonalize_of<double>(p) : orthogonalize_of<float>(p);
   return p.blocks;
 }
@@ -153,11 +157,11 @@ extern "C" void emulate_damped_inverse(int type, int32_t count, const void* cons
                                        int32_t* info) {
   InverseBatch batch{};
   batch.damping = damping, batch.damping_stride = damping_stride, batch.info = info;
-  std::vector<std::vector<double>> memory;
+  std::vector<Memory> memory;
   for (int32_t i = 0; i < count; ++i) {
-    memory.emplace_back(static_cast<size_t>(inverse_work(n[i])));
-    batch.problem[batch.count++] = {f[i], strides[2 * i], strides[2 * i + 1], x[i], memory.back().data(), int32_t(n[i]),
-                                    i};
+    memory.emplace_back(inverse_work(n[i]) * bytes_of_sums(static_cast<Element>(type)));
+    batch.problem[batch.count++] = {
+        f[i], strides[2 * i], strides[2 * i + 1], x[i], memory.back().fresh<void>(), int32_t(n[i]), i};
   }
   static_cast<Element>(type) == Element::f64 ? damped_inverse_of<double>(batch) : damped_inverse_of<float>(batch);
 }
@@ -176,8 +180,8 @@ extern "C" void emulate_product(int grad, bool wide, int finish, bool b_grad, in
     p.other_row = strides[6 * i + 4], p.other_column = strides[6 * i + 5];
     p.m = int32_t(sizes[3 * i]), p.n = int32_t(sizes[3 * i + 1]), p.k = int32_t(sizes[3 * i + 2]), p.index = i;
   }
-  std::vector<double> partial(static_cast<size_t>(batch.layout(wide)));
-  batch.partial = partial.data();
+  Memory partial(batch.layout(wide) * int64_t{sizeof(double)});
+  batch.partial = partial.fresh<double>();
   const Finish how = static_cast<Finish>(finish);
   if (wide) {
     product_of<double, double>(batch, how, b_grad);
@@ -191,7 +195,7 @@ extern "C" void emulate_product(int grad, bool wide, int finish, bool b_grad, in
   if (how != Finish::dot && how != Finish::divide) return;
   HostBlock<DotState, 32> warp;
   for (int32_t i = 0; i < count; ++i) {
-    wide ? product_dot(warp, batch, static_cast<double*>(dots), i)
-         : product_dot(warp, batch, static_cast<float*>(dots), i);
+    wide ? product_dot(fresh(warp), batch, static_cast<double*>(dots), i)
+         : product_dot(fresh(warp), batch, static_cast<float*>(dots), i);
   }
 }

@@ -8,6 +8,8 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +21,46 @@ SOURCE = Path(__file__).with_name("emulate.cpp")
 INCLUDE = SOURCE.parents[2] / "csrc"
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 """As `Element` of csrc/cuda/launch.h."""
+ORDERS = ("ascending", "descending", "shuffled")
+"""In which the threads of a block run, as `ThreadOrder` of csrc/cuda/block.cuh."""
+SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1")
+
+_order = 0
 
 
 @functools.cache
-def library(source: str = "emulate.cpp") -> Any:
-    """The emulated kernels, compiled anew in each process; the test is skipped where there is no compiler."""
+def _compiled(source: str) -> Any:
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
         pytest.skip("no C++ compiler")
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "emulate.so"
         command = [compiler, "-std=c++20", "-O2", "-fno-strict-aliasing", "-shared", "-fPIC", f"-I{INCLUDE}"]
+        command += ["-include", str(SOURCE.with_name("emulation.h"))]
+        if os.environ.get("KRONFAC_SANITIZE"):  # `make sanitize`: the runtimes are in this process
+            command += SANITIZERS
         file = str(SOURCE.with_name(source))
         result = subprocess.run([*command, file, "-o", str(target)], capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stderr
         return ctypes.CDLL(str(target))
+
+
+def library(source: str = "emulate.cpp") -> Any:
+    """The emulated kernels of a source file, compiled anew in each process; skips the test without a compiler."""
+    compiled = _compiled(source)
+    compiled.emulation_order(_order)
+    return compiled
+
+
+@contextmanager
+def threads_in(order: str) -> Iterator[None]:
+    """Run the threads of every block in this order, one of `ORDERS`."""
+    global _order
+    before, _order = _order, ORDERS.index(order)
+    try:
+        yield
+    finally:
+        _order = before
 
 
 def pointer(tensor: Tensor) -> ctypes.c_void_p:
