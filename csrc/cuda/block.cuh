@@ -79,10 +79,10 @@ struct DeviceBlock {
   }
 };
 #else
-// The order in which HostBlock runs the threads of a phase, chosen by the tests. On the GPU there is none: a result that
-// depends on it is a race, one thread reading or overwriting what another one writes in the same phase. Any two threads
-// come both ways round in the first two orders; the third differs from phase to phase. What is not seen here is a missing
-// barrier, because each_warp has none on the GPU and ends everywhere at once here.
+// The order in which HostBlock runs the threads of a phase, chosen by the tests. On the GPU there is none: a result
+// that depends on it is a race, one thread reading or overwriting what another one writes in the same phase. Any two
+// threads come both ways round in the first two orders; the third differs from phase to phase. What is not seen here is
+// a missing barrier, because each_warp has none on the GPU and ends everywhere at once here.
 enum class ThreadOrder { ascending, descending, shuffled };
 inline ThreadOrder thread_order = ThreadOrder::ascending;
 

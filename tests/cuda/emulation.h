@@ -7,9 +7,10 @@
 //   for (...) kernel<T>(fresh(*block), fresh(*shared), dynamic.fresh<T>(), p, i);
 //
 // with a HostBlock and a struct of shared memory from std::make_unique. `fresh` makes what a block finds there as
-// useless as on the GPU: all bits are ones, which is NaN, or -1. What a kernel reads before it has written it then shows
-// in the result, and what lies beyond the end shows under `make sanitize`, as long as memory is exactly as large as what
-// the launcher asks for. tests/cuda/conftest.py calls each emulation in every order of threads and compares the bits.
+// useless as on the GPU: all bits are ones, which is NaN, or -1. What a kernel reads before it has written it then
+// shows in the result, and what lies beyond the end shows under `make sanitize`, as long as memory is exactly as large
+// as what the launcher asks for. tests/cuda/conftest.py calls each emulation in every order of threads and compares the
+// bits.
 #pragma once
 
 #include <cstdint>
