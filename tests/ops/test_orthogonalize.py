@@ -89,6 +89,7 @@ def test_coefficients_rebuild_the_vector() -> None:
     torch.testing.assert_close(w + basis.mT @ coefficients, original, rtol=0, atol=1e-13)
 
 
+@pytest.mark.cpu_only("threads of the CPU")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_results_do_not_depend_on_threads(layout: str) -> None:
     basis, original = orthonormal_rows(17, 40_000, torch.float32, layout), torch.randn(40_000)
