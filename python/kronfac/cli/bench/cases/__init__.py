@@ -1,4 +1,4 @@
-"""All cases of all operators."""
+"""All cases of all operators. Tensors are on torch's default device; other libraries are rivals on the CPU only."""
 
 from __future__ import annotations
 

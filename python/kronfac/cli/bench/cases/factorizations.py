@@ -70,7 +70,7 @@ def _inverse(sizes: list[int]) -> Contest:
         ]
 
     sides: dict[str, Callable[[], Any]] = {OURS: lambda: ops.damped_inverse(factors, damping)[0], "torch": rival}
-    if max(sizes) <= SCIPY_UP_TO:
+    if max(sizes) <= SCIPY_UP_TO and factors[0].is_cpu:
         _add_scipy(sides, "potri", partial(_scipy_inverses, [factor.numpy() for factor in factors]))
     # Float64 costs more than what is measured: the largest, the smallest, and some between stand for all.
     by_size = sorted(range(len(sizes)), key=lambda i: -sizes[i])
@@ -89,11 +89,12 @@ def _eigh(sizes: list[int]) -> Contest:
     if len(set(sizes)) == 1:
         stacked = torch.stack(factors)
         sides["torch"] = lambda: torch.linalg.eigh(stacked)
-        array = stacked.numpy()
-        sides["numpy"] = lambda: tuple(map(torch.from_numpy, numpy.linalg.eigh(array)))
+        if stacked.is_cpu:
+            array = stacked.numpy()
+            sides["numpy"] = lambda: tuple(map(torch.from_numpy, numpy.linalg.eigh(array)))
     else:
         sides["torch"] = lambda: tuple(zip(*map(torch.linalg.eigh, factors), strict=True))
-    if len(sizes) == 1:
+    if len(sizes) == 1 and factors[0].is_cpu:
         _add_scipy(sides, "eigh", partial(_scipy_eigh, factors[0].numpy()))
     return Contest(sides, partial(_eigen_error, factors))
 
