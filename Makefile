@@ -8,16 +8,18 @@ OUT ?= demo-report
 PY := $(VENV)/bin/python
 CXX_SOURCES := $(shell find csrc \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \))
 
-.PHONY: help demo test test-slow coverage sanitize lint format build wheel bench docs clean
+.PHONY: help demo test test-slow coverage sanitize lint format build wheel bench gpu-check docs clean
 help:
 	@echo "make demo       train on digits with SGD and K-FAC, look at both Hessian spectra; report in $(OUT)/report.html"
 	@echo "make test       all tests, under every instruction set this machine has"
 	@echo "make test-slow  the tests marked slow, those with Lightning, Accelerate, transformers and PEFT among them"
 	@echo "make coverage   lines of optim/ and curvature/ that their tests reach, by file; an error below 95 %"
-	@echo "make sanitize   the operator tests with address and undefined-behaviour sanitizers, under every instruction set"
+	@echo "make sanitize   the operator tests with address and undefined-behaviour sanitizers, under every instruction set;"
+	@echo "                the CUDA kernels too, run on the CPU"
 	@echo "make lint       ruff, mypy, clang-format (all checks, no changes);  make format applies them"
 	@echo "make docs       the documentation as a site in site/; dead links and missing references are errors"
 	@echo "make bench      time every operator and whole steps against what you would use instead (see bench/README.md)"
+	@echo "make gpu-check  on a machine with a GPU: build, tests, compute-sanitizer and times; no network (see bench/README.md)"
 	@echo "make build      compile and install in place (editable);  make wheel builds dist/*.whl"
 
 # One stamp per environment: tools and libraries first (torch alone, so that nothing else picks another build of it).
@@ -89,6 +91,10 @@ sanitize: build
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 KRONFAC_ISA=$$isa KRONFAC_EXAMPLES=8 OMP_NUM_THREADS=2 \
 	  OMP_WAIT_POLICY=passive $(PY) tests/sanitized.py $(SANITIZE)/site --capture=sys \
 	  -m "not slow" -k "not opcheck and not compile" tests/ops; done
+	@echo "== sanitizers over the CUDA kernels, run on the CPU"
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 KRONFAC_SANITIZE=1 OMP_NUM_THREADS=1 \
+	OMP_WAIT_POLICY=passive $(PY) tests/sanitized.py $(SANITIZE)/site --capture=sys -m "not slow" tests/cuda
 
 $(VENV)/.lint: $(VENV)/.tools
 	$(PY) -m pip install -q "ruff==0.17.5" "mypy==2.4.1" "clang-format==23.1.5"
@@ -112,6 +118,12 @@ $(VENV)/.bench: $(VENV)/.tools
 # BENCH="--quick" checks the suites themselves; BENCH="-k covariance --threads 1" picks.
 bench: build $(VENV)/.bench
 	$(PY) -m pytest bench --benchmark-autosave --benchmark-columns=median,iqr,rounds $(BENCH)
+
+# Neither .venv nor a network is needed, only a Python with torch for CUDA, pytest, hypothesis, scikit-build-core and pybind11:
+# make gpu-check PYTHON=python3 PARTS=build,operators GPU_CHECK="--out DIR". Without PARTS all parts run.
+GPU_PYTHON = $(if $(findstring file,$(origin PYTHON)),$(firstword $(wildcard $(PY)) $(PYTHON)),$(PYTHON))
+gpu-check:
+	$(GPU_PYTHON) -m bench.gpu_check $(if $(PARTS),--parts $(PARTS)) $(GPU_CHECK)
 
 # The pages of the API are made from the sources as text: nothing has to be compiled, or importable, for the site.
 $(VENV)/.docs: $(VENV)/.tools
