@@ -28,10 +28,11 @@ def in_every_order(function: Callable[..., Any]) -> Callable[..., Any]:
         if _inside or not any(isinstance(leaf, Tensor) for leaf in tree_flatten(given)[0]):
             return function(*args, **kwargs)
         first: list[Any] | None = None
-        result = None
+        result, random = None, torch.get_rng_state()
         _inside = True
         try:
             for order in emulation.ORDERS:
+                torch.set_rng_state(random)
                 own = given if order == emulation.ORDERS[-1] else _copied(given)
                 with emulation.threads_in(order):
                     result = function(*own[0], **own[1])

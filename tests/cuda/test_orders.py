@@ -15,7 +15,7 @@ from tests.cuda import emulation
 from tests.cuda.orders import in_every_order
 
 
-def neighbours(out: Tensor, racing: bool) -> Tensor:
+def _neighbours(out: Tensor, racing: bool) -> Tensor:
     emulation.library("emulate_orders.cpp").emulate_neighbours(ctypes.c_bool(racing), emulation.pointer(out))
     return out
 
@@ -24,21 +24,21 @@ def test_a_race_depends_on_the_order() -> None:
     results = []
     for order in emulation.ORDERS:
         with emulation.threads_in(order):
-            results.append(neighbours(torch.zeros(64, dtype=torch.int32), True).tolist())
+            results.append(_neighbours(torch.zeros(64, dtype=torch.int32), True).tolist())
     assert results[0] == [-1] * 63 + [0]  # nobody has written yet but thread 0, when the last one reads
     assert results[1] == [*range(1, 64), -1]
     assert results[2] not in results[:2]
     with pytest.raises(AssertionError, match="depends on the order of threads"):
-        in_every_order(neighbours)(torch.zeros(64, dtype=torch.int32), True)
+        in_every_order(_neighbours)(torch.zeros(64, dtype=torch.int32), True)
 
 
 def test_a_phase_sees_all_of_the_phase_before_it() -> None:
-    out = in_every_order(neighbours)(torch.zeros(64, dtype=torch.int32), False)
+    out = in_every_order(_neighbours)(torch.zeros(64, dtype=torch.int32), False)
     assert out.tolist() == [*range(1, 64), 0]
 
 
 def test_every_emulation_is_checked() -> None:
-    assert hasattr(emulation.covariance_, "__wrapped__")
+    assert hasattr(emulation.second_moment_, "__wrapped__")
 
 
 @pytest.mark.skipif(not os.environ.get("KRONFAC_SANITIZE"), reason="`make sanitize`")
