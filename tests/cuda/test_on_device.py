@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from kronfac import _library, ops
+from kronfac.ops import naive
+from tests.ops.cases import covariance_error
 
 pytestmark = pytest.mark.skipif(
     "_ops_cuda" not in _library.LOADED or not torch.cuda.is_available(), reason="no GPU, or no operators for it"
@@ -168,6 +170,49 @@ def test_a_tensor_of_the_cpu_among_them_is_named() -> None:
         ops.covariance_(torch.zeros(3, 3, device="cpu"), x)
     with pytest.raises(RuntimeError, match=r"kronfac::kron_precondition: "):
         ops.kron_precondition([torch.ones(2, 3)], [torch.eye(2, device="cpu")], [torch.eye(3)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("form", ["direct", "shift"])
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((3, 20, 9, 11), ([3, 3], [1, 1], [2, 0, 1, 3], [2, 1])),
+        ((16, 5, 8, 8), ([8, 7], [1, 1], [0, 0], [1, 1])),  # a kernel nearly as large as the map
+        ((8, 3, 33, 32), ([7, 7], [2, 2], [3, 3], [1, 1])),
+        ((5, 4, 500), ([9], [1], [4], [1])),
+        ((2, 3, 9, 10, 11), ([3, 2, 3], [1, 2, 1], [1, 1, 1], [1, 1, 2])),
+    ],
+)
+def test_both_forms_of_conv_covariance(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], options: tuple[Any, ...], form: str, dtype: torch.dtype
+) -> None:
+    monkeypatch.setenv("KRONFAC_CONV_COVARIANCE", form)
+    x = torch.randn(shape).to(dtype)
+    result = ops.conv_covariance(x, *options, bias=True, scale=0.5)
+    expected = naive.conv_covariance(x.double().cpu(), *options, bias=True, scale=0.5)
+    assert torch.equal(result, result.mT)
+    assert covariance_error(result.cpu(), expected) <= (1e-13 if dtype == torch.float64 else 1e-5)
+
+
+def test_a_form_of_conv_covariance_must_be_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KRONFAC_CONV_COVARIANCE", "shifts")
+    with pytest.raises(RuntimeError, match="KRONFAC_CONV_COVARIANCE: expected direct"):
+        ops.conv_covariance(torch.ones(1, 1, 4), [3], [1], [0], [1])
+
+
+@pytest.mark.parametrize("form", ["TF32", "float32"])
+def test_float32_follows_the_setting_of_torch(form: str) -> None:
+    """Rounded to TF32 where torch's products are, and to the last digits where they are not."""
+    x = torch.randn(4096, 256)
+    exact = naive.covariance(x.double().cpu(), False, 1.0)
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = form == "TF32"
+    try:
+        error = covariance_error(ops.covariance(x).cpu(), exact)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    assert 1e-6 < error < 1e-3 if form == "TF32" else error <= 1e-6
 
 
 def test_large_offsets() -> None:

@@ -15,7 +15,6 @@ from kronfac.ops import conv_covariance, conv_covariance_, naive
 from tests.ops.cases import DTYPES, covariance_error, poisoned, threads
 from tests.ops.test_conv_covariance import TOLERANCE, make_map, options, spikes
 
-pytestmark = pytest.mark.cpu_only("the variable chooses between kernels of the CPU")
 VARIABLE = "KRONFAC_CONV_COVARIANCE"
 AXIS_FORMS = [f"shift:{a}{b}{c}" for a in "csd" for b in "csd" for c in "csd"]
 
@@ -118,6 +117,7 @@ def test_groups_and_threads(monkeypatch: pytest.MonkeyPatch, groups: int) -> Non
             assert covariance_error(conv_covariance(x, [3, 3], [1, 1], [1, 1], [1, 1], groups), expected) <= 1e-5
 
 
+@pytest.mark.cpu_only("what may be forced there is in tests/cuda/test_on_device.py")
 def test_a_form_must_be_known(monkeypatch: pytest.MonkeyPatch) -> None:
     for value in ("shifts", "shift:cc", "shift:abc", "Direct"):
         monkeypatch.setenv(VARIABLE, value)
