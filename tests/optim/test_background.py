@@ -323,10 +323,11 @@ def test_deleting_the_optimizer_ends_the_thread_and_lets_everything_go(monkeypat
     assert watched[1]() is None
 
 
-def test_layers_on_an_accelerator_are_refused() -> None:
-    layer: Any = SimpleNamespace(device=torch.device("cuda", 0), name="head")
-    with pytest.raises(ValueError, match=r"max_staleness: expected 0 .*got 2 and layer 'head' on cuda:0"):
+def test_layers_on_a_device_without_streams_are_refused() -> None:
+    layer: Any = SimpleNamespace(device=torch.device("mps", 0), name="head")
+    with pytest.raises(ValueError, match=r"max_staleness: expected 0 .*got 2 and layer 'head' on mps:0"):
         Background(2).check([layer])
+    Background(2).check([SimpleNamespace(device=torch.device(kind), name="head") for kind in ("cpu", "cuda")])  # type: ignore[misc]
 
 
 def run_script(body: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:

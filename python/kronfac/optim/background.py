@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import torch
 
 from kronfac.curvature.clock import timed
+from kronfac.optim.lanes import Crossing, Lanes, runs_beside
 from kronfac.optim.layers import Layer
 from kronfac.optim.refresh import factorise
 from kronfac.optim.structures import Averages, Factorisation, Structures
@@ -58,7 +59,8 @@ class Background:
     """Requests for inverses, oldest first, and the thread that works on them.
 
     The thread lives only while there is work, so that nothing is left to end: an interpreter that exits waits for the
-    factorisation under way and drops the others. Layers must be on the CPU.
+    factorisation under way and drops the others. On CUDA devices it works on streams of its own, which the device runs
+    beside the training's; the thread is there because factorising waits for the device, and the training must not.
 
     Args:
         max_staleness: steps between asking for inverses and their use, >= 1.
@@ -73,18 +75,20 @@ class Background:
         self.seconds = 0.0
         self._requests: list[_Request] = []
         self._worker = _Worker()
+        self._lanes = Lanes()
 
     def check(self, layers: Sequence[Layer]) -> None:
         """Refuse layers that the thread could not work on beside the training.
 
         Raises:
-            ValueError: a layer is not on the CPU.
+            ValueError: a layer is neither on the CPU nor on a CUDA device.
         """
         for layer in layers:
-            if layer.device.type != "cpu":
+            if not runs_beside(layer.device):
                 raise ValueError(
-                    f"KFAC: max_staleness: expected 0 with layers on an accelerator, got {self.max_staleness} and "
-                    f"layer {layer.name!r} on {layer.device}; its kernels would wait in line with the training's"
+                    f"KFAC: max_staleness: expected 0 with layers on another device than the CPU or a CUDA device, got "
+                    f"{self.max_staleness} and layer {layer.name!r} on {layer.device}; its kernels would wait in line "
+                    "with the training's"
                 )
 
     def raise_errors(self) -> None:
@@ -142,12 +146,13 @@ class Background:
             step: that they belong to.
             structure: how factors are inverted.
             layers: to invert; nothing happens when there are none.
-            factors: of each layer. Running averages are replaced and never written into, so they need no copy.
+            factors: of each layer; nobody writes into them any more.
             damping: of each layer.
         """
         if not layers:
             return
-        request = _Request(step, _Job(structure, list(layers), list(factors), list(damping)))
+        crossing = self._lanes.cross(factors)
+        request = _Request(step, _Job(structure, list(layers), list(factors), list(damping), crossing))
         self._requests.append(request)
         self._worker.put(request)
 
@@ -188,6 +193,10 @@ class Background:
                     result.setdefault(name, []).append(value)
         return result
 
+    def is_due(self, step: int) -> bool:
+        """Whether inverses are to be taken into use at a step."""
+        return bool(self._due(step))
+
     def _due(self, step: int) -> list[_Request]:
         return [request for request in self._requests if request.made + self.max_staleness <= step]
 
@@ -196,6 +205,8 @@ class Background:
         if request.error is not None:
             self.raise_errors()
         assert request.values is not None
+        if request.crossing is not None:
+            request.crossing.back(request.values.values())
         values = {name: value for name, value in request.values.items() if name not in request.dropped}
         return Finished(request.made, values, request.retries)
 
@@ -208,6 +219,7 @@ class _Job:
     layers: list[Layer]
     factors: list[Averages]
     damping: list[float]
+    crossing: Crossing
 
 
 class _Request:
@@ -216,6 +228,7 @@ class _Request:
     def __init__(self, made: int, job: _Job | None = None) -> None:
         self.made = made
         self.job = job
+        self.crossing = None if job is None else job.crossing
         self.pid = os.getpid()
         self.names: tuple[str, ...] = () if job is None else tuple(layer.name for layer in job.layers)
         self.dropped: set[str] = set()
@@ -239,7 +252,7 @@ class _Request:
         assert job is not None
         begun = time.perf_counter()
         try:
-            with torch.no_grad():  # a thread begins with gradients on
+            with torch.no_grad(), job.crossing.beside():  # a thread begins with gradients on
                 values, self.retries = factorise(job.structure, job.layers, job.factors, job.damping)
             self.values = dict(zip(self.names, values, strict=True))
         except BaseException as error:
