@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kronfac.curvature.adapter import LayerAdapter, accumulate
+from kronfac.curvature.masks import chosen, number
 from kronfac.curvature.registry import register_adapter
 from kronfac.curvature.sharing import SHARINGS
 from kronfac.ops import conv_covariance, conv_covariance_
@@ -126,7 +127,7 @@ class ConvAdapter(LayerAdapter):
         spatial = len(self._conv.kernel_size)
         batch = shape[0] if len(shape) == spatial + 2 else 1
         if mask is not None and mask.shape == (batch,):
-            batch = int(mask.sum())
+            batch = number(mask)
         return batch if self.reduces else batch * math.prod(shape[-spatial:])
 
     def _accumulate(self, out: Tensor | None, features: Tensor, bias: bool, scale: float = 1.0) -> Tensor:
@@ -143,7 +144,7 @@ class ConvAdapter(LayerAdapter):
     def _examples(self, x: Tensor, mask: Tensor | None) -> Tensor:
         if x.dim() == len(self._conv.kernel_size) + 1:
             x = x.unsqueeze(0)
-        return x[mask] if mask is not None and mask.shape == x.shape[:1] else x
+        return chosen(x, mask) if mask is not None and mask.shape == x.shape[:1] else x
 
     def _padding(self) -> list[int]:
         """Low and high padding, axis by axis."""

@@ -61,10 +61,14 @@ class EmbeddingAdapter(LayerAdapter):
             mask = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
         examples = x.shape[0] if x.dim() > 1 else 1
         kept = mask.reshape(*mask.shape, *[1] * (x.dim() - 1 - mask.dim())).expand(x.shape[:-1]).reshape(examples, -1)
-        owners = torch.arange(examples, device=x.device).unsqueeze(1).expand_as(kept)[kept]
-        pairs, counts = torch.unique(owners * self.in_features + x.reshape(examples, -1)[kept], return_counts=True)
-        shares = counts.to(out.dtype) / kept.sum(1).to(out.dtype)[pairs // self.in_features]
-        return out.index_add_(0, pairs % self.in_features, shares.square())
+        # An index counts where it comes first in its sorted row; what the mask leaves out comes last. Unlike unique
+        # this does not wait for the device.
+        indices = torch.where(kept, x.reshape(examples, -1), self.in_features).sort(1).values
+        first = torch.searchsorted(indices, indices)
+        often = (torch.searchsorted(indices, indices, right=True) - first).to(out.dtype)
+        counts = (first == torch.arange(indices.shape[1], device=x.device)) & (indices < self.in_features)
+        shares = torch.where(counts, often / kept.sum(1, keepdim=True).to(out.dtype), 0.0)
+        return out.index_add_(0, indices.clamp(max=self.in_features - 1).flatten(), shares.square().flatten())
 
     def output_statistics(self, out: Tensor | None, g: Tensor, mask: Tensor | None, scale: float = 1.0) -> Tensor:
         """Σ over the rows of g (*, embedding_dim); see `LayerAdapter.output_statistics`."""

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Generator, Tensor
 
+from kronfac.curvature.masks import number, of_examples
+
 
 class Likelihood(ABC):
     """Base class of likelihoods; subclass it for a loss that kronfac does not know.
@@ -202,7 +204,7 @@ class Categorical(Likelihood):
     def terms(self, logits: Tensor, mask: Tensor | None) -> float:
         """Positions outside the class dimension, of which the mask leaves those that are True."""
         if mask is not None:
-            return int(mask.sum())
+            return number(mask)
         return math.prod(_without(logits.shape, self._class_dim(logits)))
 
     def sample_gradients(self, logits: Tensor, generator: Generator | None, mask: Tensor | None) -> Tensor:
@@ -271,8 +273,8 @@ class _Elementwise(Likelihood):
         if mask.numel() == 0:
             return 0
         if self.terms_per_example is None:
-            return int(mask.flatten(1).any(1).sum()) if mask.dim() > 1 else int(mask.sum())
-        return int(mask.sum()) * mask.shape[0] / mask.numel() * self.terms_per_example
+            return number(of_examples(mask))
+        return number(mask) * mask.shape[0] / mask.numel() * self.terms_per_example
 
     @abstractmethod
     def _deviation(self, logits: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kronfac.curvature.adapter import LayerAdapter, accumulate
+from kronfac.curvature.masks import chosen, of_examples
 from kronfac.curvature.registry import register_adapter
 from kronfac.curvature.sharing import SHARINGS, count, covers, example_rows, rows
 
@@ -42,8 +43,8 @@ class LinearAdapter(LayerAdapter):
         if x.dim() == 1:
             x, g = x.unsqueeze(0), g.unsqueeze(0)
         if mask is not None and covers(mask, x.shape):
-            left = mask.reshape(len(mask), -1).any(1)
-            x, g, mask = x[left], g[left], mask[left]
+            left = of_examples(mask)
+            x, g, mask = (chosen(some, left) for some in (x, g, mask))
             if mask.dim() > 1:
                 # where and not a product: what is masked may be infinite.
                 kept = mask.reshape(*mask.shape, *[1] * (x.dim() - mask.dim()))

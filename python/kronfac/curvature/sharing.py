@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kronfac.curvature.adapter import LayerAdapter
+from kronfac.curvature.masks import chosen, number, of_examples
 
 SHARINGS = ("expand", "reduce")
 
@@ -35,7 +36,7 @@ def covers(mask: Tensor, shape: torch.Size) -> bool:
 def rows(x: Tensor, mask: Tensor | None) -> Tensor:
     """All positions of x (*, features) that the mask leaves, as rows."""
     if mask is not None and covers(mask, x.shape):
-        x = x[mask]
+        x = chosen(x, mask)
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
@@ -45,10 +46,10 @@ def count(shape: torch.Size, mask: Tensor | None, reduces: bool) -> int:
         mask = None
     if reduces:
         examples = shape[0] if len(shape) > 1 else 1
-        return examples if mask is None else int(mask.reshape(examples, -1).any(1).sum())
+        return examples if mask is None else number(of_examples(mask))
     if mask is None:
         return math.prod(shape[:-1])
-    return int(mask.sum()) * math.prod(shape[mask.dim() : -1])
+    return number(mask) * math.prod(shape[mask.dim() : -1])
 
 
 def example_rows(x: Tensor, mask: Tensor | None, *, mean: bool) -> Tensor:
@@ -70,8 +71,8 @@ def example_rows(x: Tensor, mask: Tensor | None, *, mean: bool) -> Tensor:
             return x
         middle = list(range(1, x.dim() - 1))
         return x.mean(middle, dtype=dtype) if mean else x.sum(middle, dtype=dtype)
-    left = mask.reshape(len(mask), -1).any(1)
-    x, mask = x[left], mask[left]
+    left = of_examples(mask)
+    x, mask = chosen(x, left), chosen(mask, left)
     weights = mask.reshape(*mask.shape, *[1] * (x.dim() - mask.dim()))
     # where and not a product: what is masked may be infinite.
     kept = torch.where(weights, x, torch.zeros((), dtype=x.dtype, device=x.device))
