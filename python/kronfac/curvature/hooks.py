@@ -52,6 +52,8 @@ def obstacle(recorder: Recorder) -> str | None:
         return "it ran under torch.no_grad()"
     if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
         return "it ran under a torch.func transform or forward-mode differentiation"
+    if recorder.generator.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return "it was being captured in a CUDA graph"
     keys = torch._C._TorchDispatchModeKey
     modes = (torch._C._get_dispatch_mode(key) for key in (keys.FAKE, keys.PROXY, keys.FUNCTIONAL))
     if torch._C._get_tracing_state() is not None or any(mode is not None for mode in modes):

@@ -16,6 +16,9 @@ from kronfac.ops import second_moment_
 CHUNK = 1 << 20
 """Numbers that the rows, or the gradients, of the examples handled at a time may have: 4 MiB of float32."""
 
+ACCELERATOR_CHUNK = 1 << 24
+"""The same on an accelerator, where a chunk is several launches, and 64 MiB are little."""
+
 
 class Pairs(NamedTuple):
     """What some examples saw at each shared position, and the gradient there.
@@ -41,7 +44,7 @@ def chunks(call: Call, g: Tensor) -> Iterator[Pairs]:
         x, g = x.transpose(0, 1), g.transpose(0, 1)
         mask = mask.transpose(0, 1) if mask is not None and mask.dim() > 1 else None
     inputs, outputs = call.adapter.factor_sizes
-    for rows in call.adapter.pairs(x, g, mask, max(CHUNK // call.adapter.groups // max(inputs, outputs), 1)):
+    for rows in call.adapter.pairs(x, g, mask, max(_chunk(g) // call.adapter.groups // max(inputs, outputs), 1)):
         wide = call.adapter.factor_dtype
         yield Pairs(rows[0].to(wide), rows[1].to(wide))
 
@@ -49,7 +52,7 @@ def chunks(call: Call, g: Tensor) -> Iterator[Pairs]:
 def gradients(pairs: Pairs, bias: bool) -> Iterator[Tensor]:
     """Per-example gradients Σ_t g_t [x_t 1]ᵀ (some examples, out, in[+1]), or (some examples, groups, out, in[+1])."""
     size = pairs.g.shape[-1] * (pairs.x.shape[-1] + 1) * pairs.g.shape[1 : pairs.g.dim() - 2].numel()
-    step = max(CHUNK // max(size, 1), 1)
+    step = max(_chunk(pairs.g) // max(size, 1), 1)
     for x, g in zip(torch.split(pairs.x, step), torch.split(pairs.g, step), strict=True):
         products = g.mT @ x
         yield torch.cat([products, g.sum(-2).unsqueeze(-1)], -1) if bias else products
@@ -121,6 +124,10 @@ class RotatedSquares(ExtraStatistic):
             for each in gradients(Pairs(pairs.x, rotated), adapter.has_bias):
                 out.add_((each @ right).square_().sum(0), alpha=scale)
         return out
+
+
+def _chunk(like: Tensor) -> int:
+    return CHUNK if like.is_cpu else ACCELERATOR_CHUNK
 
 
 def _times(rows: Tensor, basis: Tensor) -> Tensor:

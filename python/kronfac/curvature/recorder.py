@@ -166,11 +166,12 @@ class Recorder:
 
     # ------------------------------------------------------------------ what the optimizer says
 
-    def collect(self, *, loss_scale: float = 1.0) -> Pending:
+    def collect(self, *, loss_scale: float | Tensor = 1.0) -> Pending:
         """Hand over everything recorded since the last `collect` or `clear`, and begin anew.
 
         Args:
-            loss_scale: factor that the loss carried in backward (a GradScaler's); "empirical" only.
+            loss_scale: factor that the loss carried in backward (a GradScaler's), a tensor () where it is not to be
+                waited for; "empirical" only.
 
         Returns:
             The sums, those of "empirical" rescaled to per-example gradients; empty when nothing was recorded.
@@ -194,9 +195,9 @@ class Recorder:
             for forward in reached:
                 layers = forward.statistics()
                 for name, statistics in layers.items():
-                    statistics.G_sum.mul_(scale * scale)
+                    statistics.G_sum.mul_(_beside(scale * scale, statistics.G_sum))
                     for key, total in statistics.extra.items():
-                        total.mul_(scale ** self.extra[name][key].degree)
+                        total.mul_(_beside(scale ** self.extra[name][key].degree, total))
                 pending.add(layers, forward.terms, forward.examples)
         return pending
 
@@ -469,6 +470,10 @@ class Recorder:
             self._reached.append(forward)
         self.ever_recorded = True
         self._twice = self._twice or twice
+
+
+def _beside(scale: float | Tensor, like: Tensor) -> float | Tensor:
+    return scale.to(like) if isinstance(scale, Tensor) else scale
 
 
 def _remove(handles: list[RemovableHandle]) -> None:

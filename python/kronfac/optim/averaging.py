@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kronfac.optim import reading
+
 
 @dataclass
 class Averaged:
@@ -43,8 +45,14 @@ class IterateAverage:
         self.swapped = False
 
     @torch.no_grad()
-    def update(self, parameters: Iterable[Tensor]) -> None:
-        """Take the parameters as they are now into their averages. No host synchronisation."""
+    def update(self, parameters: Iterable[Tensor], good: Tensor | None = None) -> None:
+        """Take the parameters as they are now into their averages. No host synchronisation.
+
+        Args:
+            parameters: of the optimizer.
+            good: bool (); where it is False the averages stay, of parameters that a skipped step has left alone. None
+                for True.
+        """
         due: dict[tuple[int, torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
         for parameter in parameters:
             entry = self.entries.get(parameter)
@@ -60,8 +68,14 @@ class IterateAverage:
             iterates.append(parameter.detach().to(entry.value.dtype))
         for (count, _, _), (values, iterates) in due.items():
             decay = min(1 - 1 / count, self.weight)
-            torch._foreach_mul_(values, decay)
-            torch._foreach_add_(values, iterates, alpha=1 - decay)
+            if good is None:
+                torch._foreach_mul_(values, decay)
+                torch._foreach_add_(values, iterates, alpha=1 - decay)
+                continue
+            weight = torch.full((), 1 - decay, dtype=values[0].dtype, device=values[0].device)
+            moves = torch._foreach_sub(iterates, values)
+            torch._foreach_mul_(moves, weight * reading.brought(good, weight.device, weight.dtype))
+            torch._foreach_add_(values, moves)
 
     @contextmanager
     def swap(self, parameters: Sequence[Tensor]) -> Iterator[None]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kronfac.curvature.clock import timed
+from kronfac.optim import reading
 from kronfac.optim.groups import Groups, l2
 from kronfac.optim.layers import Layer
 from kronfac.optim.refresh import Preconditioned
@@ -73,7 +74,7 @@ def norm_constraint_scales(
         wide = dtype if dtype == torch.float64 else torch.float32
         square = torch.stack(list(torch._foreach_norm(members, 2, dtype=wide))).square().sum()
         scale = scales[group]
-        squares.append(square if scale is None else square * scale.to(device, non_blocking=True) ** 2)
+        squares.append(square if scale is None else square * reading.brought(scale, device) ** 2)
     bounds = norm_scales(squares, [groups[group]["norm_constraint"] for group, _, _ in sets])
     for (group, _, _), bound in zip(sets, bounds, strict=True):
         result[group] = bound
@@ -83,7 +84,7 @@ def norm_constraint_scales(
 def products(one: Sequence[Tensor | None], other: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Factor by factor, None standing for 1."""
     return [
-        b if a is None else a if b is None else a * b.to(a.device, a.dtype, non_blocking=True)
+        b if a is None else a if b is None else a * reading.brought(b, a.device, a.dtype)
         for a, b in zip(one, other, strict=True)
     ]
 
@@ -95,13 +96,17 @@ def move(
     groups: Groups,
     state: MutableMapping[Tensor, dict[str, Tensor]],
     scales: Sequence[Tensor | None],
+    good: Tensor | None = None,
 ) -> None:
-    """Update all parameters: along the scaled preconditioned gradients where there are some, elsewhere as SGD."""
+    """Update all parameters: along the scaled preconditioned gradients where there are some, elsewhere as SGD.
+
+    Nothing changes where `good`, a bool tensor (), is False.
+    """
     found = directions(layers, matrices, groups, _clip(layers, matrices, scales))
     for group in groups:
         moving = [p for p in group["params"] if p.grad is not None]
         chosen = [found[id(p)] for p in moving]
-        apply_update(group, moving, [tensor for tensor, _ in chosen], state, [scale for _, scale in chosen])
+        apply_update(group, moving, [tensor for tensor, _ in chosen], state, [scale for _, scale in chosen], good)
 
 
 def directions(
@@ -145,18 +150,20 @@ def _clip(layers: Sequence[Layer], matrices: Sequence[Tensor], scales: Sequence[
     one call for all matrices is worth more.
     """
     waiting: list[Tensor | None] = [None] * len(layers)
-    at_once: dict[tuple[int, torch.device], list[Tensor]] = {}
+    at_once: dict[tuple[int, torch.device, torch.dtype], list[Tensor]] = {}
     for position, (layer, matrix) in enumerate(zip(layers, matrices, strict=True)):
         scale = scales[layer.groups[0]]
         if scale is None:
             continue
         # A wider matrix is rounded to the parameter's type after scaling: before, float16 may overflow.
-        if matrix.is_cpu and scale.is_cpu and matrix.dtype == scale.dtype == layer.parameters[0].dtype:
+        at_hand = reading.at_hand(matrix) and reading.at_hand(scale)
+        if at_hand and matrix.dtype == scale.dtype == layer.parameters[0].dtype:
             waiting[position] = scale
         else:
-            at_once.setdefault((layer.groups[0], matrix.device), []).append(matrix)
-    for (group, device), members in at_once.items():
+            at_once.setdefault((layer.groups[0], matrix.device, matrix.dtype), []).append(matrix)
+    for (group, device, dtype), members in at_once.items():
         scale = scales[group]
         assert scale is not None
-        torch._foreach_mul_(members, scale.to(device, non_blocking=True))
+        # Of another dtype it would be one call for each matrix on an accelerator.
+        torch._foreach_mul_(members, scale if reading.at_hand(scale) else reading.brought(scale, device, dtype))
     return waiting

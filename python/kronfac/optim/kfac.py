@@ -20,6 +20,7 @@ from kronfac.optim import adaptive as control
 from kronfac.optim import options, state_check
 from kronfac.optim import state as checkpoint
 from kronfac.optim.averaging import IterateAverage
+from kronfac.optim.capture import capturing, lacks_buffers, refuse_capture
 from kronfac.optim.copying import rebuild
 from kronfac.optim.diagnostics import diagnose
 from kronfac.optim.layers import check_layers
@@ -52,7 +53,8 @@ class KFAC(WatchingOptimizer):
 
     Step k (0-based) takes new statistics when k % factor_every == 0 and new inverses when k % inverse_every == 0, and
     earlier where a layer has none. A step whose gradients, statistics or preconditioned gradients are not finite is
-    skipped whole: nothing but `skipped_steps` changes, and with `adaptive` λ, which rises.
+    skipped whole: nothing but `skipped_steps` changes, and with `adaptive` λ, which rises. On an accelerator steps
+    between factorisations never wait for the device; see docs/cuda.md.
 
     Parameters that no layer adapter covers (recurrent layers, weights shared between modules, ...) train as SGD with
     the same lr, momentum and weight decay, after one warning that names them. A layer of which some parameters are in
@@ -108,10 +110,10 @@ class KFAC(WatchingOptimizer):
             (kfac-jax's option of this name is `kl_clip` here.)
         averaging: weight in [0, 1) of a running average of the iterates, 0.99 in Martens & Grosse; None keeps none. See
             `averaged_parameters`.
-        max_staleness: s >= 0. With s > 0 inverses are made by a background thread: those of step k come into use at
-            step k + s exactly, which waits for them if need be, so that training depends on s but never on the speed of
-            the machine. A layer's first inverse is made at once. Layers on the CPU only; not with `adaptive` nor with
-            structure="tridiagonal".
+        max_staleness: s >= 0. With s > 0 inverses are made by a background thread, on a CUDA device on a stream of
+            its own: those of step k come into use at step k + s exactly, which waits for them if need be, so that
+            training depends on s but never on the speed of the machine. A layer's first inverse is made at once.
+            Layers on the CPU and on CUDA devices only; not with `adaptive` nor with structure="tridiagonal".
         adaptive: choose learning rate, momentum and both dampings at every step (Martens & Grosse, sections 6.4-6.6 and
             7). `step` then needs a closure. lr, momentum, nesterov, decoupled, the clips and callables for damping are
             to be left alone; damping is where λ starts. See docs/step_control.md.
@@ -261,11 +263,40 @@ class KFAC(WatchingOptimizer):
             self._clock.finish()
         return loss
 
+    def count_replay(self) -> None:
+        """Count a step that a CUDA graph has taken; call it after each replay. See docs/cuda.md.
+
+        Raises:
+            RuntimeError: the step was not one that a graph can take the place of: `next_step_is_plain` is False.
+        """
+        if not self.next_step_is_plain:
+            raise RuntimeError(
+                "KFAC.count_replay: statistics or inverses are due at this step, which a CUDA graph does not take; "
+                "replay only while next_step_is_plain is True, and take the other steps with step()"
+            )
+        self._counters["step"] += 1
+        self._announce_due()
+
+    def _refuse_capture(self) -> None:
+        background = self._background
+        refuse_capture(
+            {
+                "statistics or inverses are due": not self.next_step_is_plain,
+                "averaging= counts the iterates on the host": self._averaging is not None,
+                "phases are being timed": self._clock is not None,
+                "inverses are being made in the background": background is not None and bool(background.pending),
+                "no plain step was taken before": not self._ledger.is_open
+                or lacks_buffers(self.param_groups, self.state),
+            }
+        )
+
     def _step(self, trial: control.Trial | None) -> None:
+        if capturing(self._home()):
+            self._refuse_capture()
         self._check_before_step()
         # Set by GradScaler for the duration of the call.
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if found_inf is not None:
+        if found_inf is not None and not isinstance(found_inf, Tensor):
             found_inf = torch.as_tensor(found_inf)  # the sum over no devices, when there is no gradient, is the int 0
         if self.adaptation is not None:
             control.check_groups(self.param_groups, self.adaptation)
@@ -284,8 +315,13 @@ class KFAC(WatchingOptimizer):
         }
         if self.adaptation is None or trial is None:
             outcome = advance(**arguments, found_inf=found_inf, rows=collected.rows, background=self._background)
+            if outcome.verdict is not None:
+                self._ledger.note(outcome.verdict, probing=found_inf is not None)
         else:
             outcome = control.advance_adaptively(self.adaptation, **arguments, likelihood=self.likelihood, trial=trial)
+        if capturing(self._home()):  # nothing was run; `count_replay` counts
+            self._show(outcome)
+            return
         if outcome.applied:
             self._eager = self._eager and not collected.fresh
             self._count(outcome)
@@ -302,7 +338,10 @@ class KFAC(WatchingOptimizer):
         self._counters["inverse_retries"] += outcome.retries
         self._counters["inverse_failures"] += outcome.failures
         if self._averaging is not None:
-            self._averaging.update(self._parameters())
+            self._averaging.update(self._parameters(), outcome.verdict)
+        self._show(outcome)
+
+    def _show(self, outcome: Outcome) -> None:
         self.clip_scales[:] = outcome.clip_scales  # in place: wrappers of frameworks share the list
         self.norm_scales[:] = outcome.norm_scales
 
@@ -327,7 +366,7 @@ class KFAC(WatchingOptimizer):
             layers=self._coverage.layers,
             groups=self.param_groups,
             state=self.state,
-            counters=self._counters,
+            counters=self._counts(),
             clip_scales=self.clip_scales,
             background=self._background,
             clock=self._clock,
@@ -407,6 +446,9 @@ class KFAC(WatchingOptimizer):
         )
         self._eager = loaded.eager
         self._counters.update(loaded.counters)  # in place: wrappers of frameworks share it
+        self._counters["step"] += loaded.unsettled
+        self._counters["skipped_steps"] -= loaded.unsettled
+        self._ledger.start(loaded.unsettled, self._home())
         self._live_recorder().clear()
         self._optimizer_load_state_dict_pre_hooks = OrderedDict()
         try:
@@ -440,7 +482,8 @@ def _add_own_part(optimizer: Optimizer, state_dict: StateDict) -> None:
     assert isinstance(optimizer, KFAC)
     state_dict[checkpoint.KEY] = checkpoint.pack(
         structure=optimizer.structure,
-        counters=optimizer._counters,
+        counters=optimizer._counts(),
+        unsettled=optimizer._ledger.look(),
         eager=optimizer._eager,
         generator=optimizer._generator,
         layers=optimizer._coverage.layers,

@@ -8,6 +8,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from kronfac.optim import reading
+
 Flag: TypeAlias = "Tensor | bool"
 """A verdict: a bool tensor () that nobody has waited for yet, or what is known already because it lay on the CPU."""
 
@@ -25,18 +27,23 @@ def rank() -> int:
 
 
 def agree(flags: Sequence[Flag], home: torch.device) -> bool:
-    """Read the flags from the device. Under a process group every rank must be sound, so that none runs ahead."""
+    """Whether all flags are true, on every rank: none runs ahead. Waits for the device."""
+    return bool(verdict(flags, home))
+
+
+def verdict(flags: Sequence[Flag], home: torch.device) -> Flag:
+    """The same without waiting: a bool where nothing has to be waited for, else a bool tensor () on `home`."""
     known = all(flag for flag in flags if isinstance(flag, bool))
     waiting = [flag for flag in flags if not isinstance(flag, bool)]
     alone = world_size() == 1
     if alone and not (known and waiting):
         return known
     if not waiting:
-        waiting.append(torch.tensor(known))
-    verdict = torch.stack([flag.to(home, non_blocking=True) for flag in waiting]).all()
+        waiting.append(torch.full((), known, device=home))
+    whole = torch.stack([reading.brought(flag, home) for flag in waiting]).all()
     if not alone:
-        verdict = verdict & known
-        votes = verdict.to(torch.int32)
+        whole = whole & known
+        votes = whole.to(torch.int32)
         torch.distributed.all_reduce(votes, torch.distributed.ReduceOp.MIN)
-        verdict = votes != 0
-    return bool(verdict)
+        whole = votes != 0
+    return bool(whole) if reading.at_hand(whole) else whole

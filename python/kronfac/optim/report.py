@@ -59,14 +59,18 @@ class Reporter:
                 "new optimizer",
             )
 
+    def skipped(self, cause: str) -> None:
+        """Warn of a step that was skipped; `cause` is followed by "not finite"."""
+        self.once(
+            "skip",
+            f"KFAC: {cause} not finite; the step was skipped, parameters and statistics are unchanged "
+            "(optimizer.skipped_steps counts such steps; this is said once)",
+        )
+
     def outcome(self, outcome: Outcome, model: nn.Module, parameters: Sequence[Tensor]) -> None:
         """Warn of what went wrong in a step: values that are not finite, inverses that failed, missing statistics."""
         if not outcome.applied:
-            self.once(
-                "skip",
-                f"KFAC: {outcome.cause or _culprit(model, parameters)} not finite; the step was skipped, parameters "
-                "and statistics are unchanged (optimizer.skipped_steps counts such steps; this is said once)",
-            )
+            self.skipped(outcome.cause or _culprit(model, parameters))
         if outcome.failures:
             self.once(
                 "inverse",

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kronfac.optim import reading
 from kronfac.optim.averaging import Averaged, IterateAverage
 from kronfac.optim.background import Background, Finished
 from kronfac.optim.layers import Layer
@@ -52,6 +53,7 @@ class Loaded:
         averages: of the iterates, by the parameter's position.
         pending: inverses that were asked for and are not in use yet, oldest first.
         adaptive: fields of `Adaptation`, None for a checkpoint without.
+        unsettled: by how much the optimizer's own step number was ahead of the counted steps, see `Ledger`.
     """
 
     base: dict[str, Any]
@@ -64,12 +66,14 @@ class Loaded:
     averages: dict[int, Averaged]
     pending: list[Finished]
     adaptive: dict[str, float | None] | None
+    unsettled: int = 0
 
 
 def pack(
     *,
     structure: Structures,
     counters: Mapping[str, int],
+    unsettled: int,
     eager: bool,
     generator: torch.Generator,
     layers: Sequence[Layer],
@@ -86,6 +90,7 @@ def pack(
         "format": FORMAT,
         "structure": structure.name,
         "counters": {name: int(counters[name]) for name in COUNTERS},
+        "unsettled": unsettled,
         "eager": eager,
         "generator": {
             "device": generator.device.type,
@@ -94,11 +99,11 @@ def pack(
         },
         "layers": {
             layer.name: {
-                "A": layer.factors.A,
-                "G": layer.factors.G,
-                "extra": dict(layer.factors.extra),
+                "A": reading.lasting(layer.factors.A),
+                "G": reading.lasting(layer.factors.G),
+                "extra": reading.all_lasting(layer.factors.extra),
                 "updates": layer.updates,
-                "factorisation": None if layer.factorisation is None else dict(layer.factorisation),
+                "factorisation": None if layer.factorisation is None else reading.all_lasting(layer.factorisation),
                 "made": layer.made,
             }
             for layer in layers

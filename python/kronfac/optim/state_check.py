@@ -69,6 +69,7 @@ def check(
         layers=kept,
         pending=_pending(own["pending"], layers, structure, kept, counters["step"]),
         adaptive=_adaptive(own.get("adaptive"), adaptive),
+        unsettled=_integer(f"{KEY}.unsettled", own.get("unsettled", 0)),
     )
 
 

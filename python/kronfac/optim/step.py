@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from kronfac.curvature import GradientRows, ScaledSums
+from kronfac.optim import reading
 from kronfac.optim.background import Arrived, Background
 from kronfac.optim.chains import link_layers, successors
 from kronfac.optim.directions import clip_scales, layer_gradient, move, norm_constraint_scales, products
 from kronfac.optim.groups import Groups, all_parameters, home_of, l2
 from kronfac.optim.layers import Layer
-from kronfac.optim.ranks import Flag, agree
+from kronfac.optim.ranks import Flag, agree, verdict
 from kronfac.optim.refresh import (
     Average,
     Preconditioned,
@@ -37,6 +38,8 @@ class Outcome:
 
     Attributes:
         applied: False when something was not finite; then nothing was changed.
+        verdict: where nobody waits to learn whether everything was finite, a bool tensor () that says so: where it is
+            False nothing was changed either, although `applied` is True.
         retries: factors that needed more damping than asked for.
         failures: layers that could not be inverted at all; they keep what they had.
         clip_scales: the KL clip's factor per param group, None where nothing was clipped.
@@ -52,6 +55,7 @@ class Outcome:
     norm_scales: list[Tensor | None] = field(default_factory=list)
     bare: tuple[str, ...] = ()
     cause: str = ""
+    verdict: Tensor | None = None
 
 
 def advance(
@@ -69,7 +73,9 @@ def advance(
 ) -> Outcome:
     """Take one step: statistics into the averages, inverses when due, preconditioned gradients into the parameters.
 
-    The host waits for the device once, to learn whether everything is finite, and once more when inverses are due.
+    Where inverses are made, asked for or taken up the host waits for the device, also to learn whether everything is
+    finite. At all other steps it does not: on an accelerator everything is written under a condition that only the
+    device knows, see `Outcome.verdict`.
 
     Args:
         structure: how factors are inverted and applied.
@@ -90,8 +96,9 @@ def advance(
 
     averages = average(layers, fresh, factor_decay)
     due = due_for_inverse(layers, averages, groups, step)
-    arrived, later = Arrived(), list[Layer]()
+    arrived, later, taking = Arrived(), list[Layer](), False
     if background is not None:
+        taking = background.is_due(step)
         arrived = background.arrive(step)
         later = [layer for layer in due if layer.factorisation is not None]
         due = [layer for layer in due if layer.factorisation is None]
@@ -102,19 +109,23 @@ def advance(
         flags = []
     own = propose(structure, layers, groups, averages, due, lambda layer: layer.damping(groups), rows, arrived.values)
     ready, done = own.ready, own.done
-    if not agree([*flags, *own.finite(groups)], home):
+    good = verdict([*flags, *own.finite(groups)], home)
+    if due or later or taking or not all(map(reading.deferrable, all_parameters(groups))):
+        good = bool(good)
+    if good is False:
         return Outcome(applied=False)
+    unknown = good if isinstance(good, Tensor) else None
 
-    commit(layers, own, step, arrived.made)
+    commit(layers, own, step, arrived.made, unknown)
     if background is not None:
         background.retire(step)
-        snapshot = [layer.factors for layer in later if layer.factors is not None]
+        snapshot = [_snapshot(layer.factors) for layer in later if layer.factors is not None]
         background.submit(step, structure, later, snapshot, [layer.damping(groups) for layer in later])
     scales = clip_scales(ready, done, groups)
     bounds = norm_constraint_scales(ready, done.matrices, groups, scales)
-    move(ready, done.matrices, groups, state, products(scales, bounds))
+    move(ready, done.matrices, groups, state, products(scales, bounds), unknown)
     retries, failures = own.retries + arrived.retries, own.failures + arrived.failures
-    return Outcome(True, retries, failures, scales, bounds, own.bare)
+    return Outcome(True, retries, failures, scales, bounds, own.bare, verdict=unknown)
 
 
 @dataclass(frozen=True)
@@ -212,20 +223,55 @@ def propose(
     return Proposal(newest, updates, inverses, retries, failures, ready, done, bare)
 
 
-def commit(layers: Iterable[Layer], own: Proposal, step: int, made: Mapping[str, int] = MappingProxyType({})) -> None:
+def commit(
+    layers: Iterable[Layer],
+    own: Proposal,
+    step: int,
+    made: Mapping[str, int] = MappingProxyType({}),
+    good: Tensor | None = None,
+) -> None:
     """Hand the averages and inverses of a proposal over to the layers.
+
+    On an accelerator they are written into the memory of those before: what was captured in a CUDA graph finds them
+    there.
 
     Args:
         layers: the covered layers.
         own: what was proposed.
         step: of this step.
         made: the step that inverses belong to which were asked for earlier, by layer name.
+        good: where it is False the averages stay as they are; None for True. There are no new inverses then.
     """
     for layer in layers:
-        layer.factors = own.factors.get(layer.name)
+        old, new = layer.factors, own.factors.get(layer.name)
+        if new is not None and new is not old:
+            before: Mapping[str, Tensor] = {} if old is None else old.extra
+            extra = {key: _into(before.get(key), value, good) for key, value in new.extra.items()}
+            A, G = (None, None) if old is None else (old.A, old.G)
+            new = Averages(_into(A, new.A, good), _into(G, new.G, good), extra)
+        layer.factors = new
         layer.updates = own.updates.get(layer.name, layer.updates)
         if layer.name in own.inverses:
-            layer.factorisation, layer.made = own.inverses[layer.name], made.get(layer.name, step)
+            held = layer.factorisation or {}
+            layer.factorisation = {
+                key: _into(held.get(key), value, good) for key, value in own.inverses[layer.name].items()
+            }
+            layer.made = made.get(layer.name, step)
+
+
+def _into(old: Tensor | None, new: Tensor, good: Tensor | None) -> Tensor:
+    """A new value, on an accelerator in the memory of the old one, and only where `good` is not False."""
+    if new is old or (reading.at_hand(new) and good is None):
+        return new
+    good = None if good is None else reading.brought(good, new.device)
+    if old is None or (old.shape, old.dtype, old.device) != (new.shape, new.dtype, new.device):
+        return new if good is None else torch.where(good, new, torch.zeros_like(new))
+    return old.copy_(new) if good is None else torch.where(good, new, old, out=old)
+
+
+def _snapshot(factors: Averages) -> Averages:
+    """Averages that later steps do not write into."""
+    return Averages(*(reading.lasting(some) for some in factors[:2]), reading.all_lasting(factors.extra))
 
 
 def unscale(groups: Groups, scale: Tensor) -> None:
@@ -235,7 +281,7 @@ def unscale(groups: Groups, scale: Tensor) -> None:
         if parameter.grad is not None:
             by_device.setdefault(parameter.grad.device, []).append(parameter.grad)
     for device, grads in by_device.items():
-        torch._foreach_mul_(grads, scale.to(device, non_blocking=True).reciprocal())
+        torch._foreach_mul_(grads, reading.brought(scale, device).reciprocal())
 
 
 def due_for_inverse(layers: Iterable[Layer], averages: Mapping[str, Average], groups: Groups, step: int) -> list[Layer]:

@@ -42,13 +42,13 @@ def kl_scales(dots: Sequence[Tensor], lrs: Sequence[float], clips: Sequence[floa
             scales[index] = torch.full((), scale, dtype=dots[index].dtype)
         return scales
     home = dots[clipped[0]].device
-    total = torch.stack([(dots[index].sum() * lrs[index] ** 2).to(home, non_blocking=True) for index in clipped]).sum()
+    total = torch.stack([reading.brought(dots[index].sum() * lrs[index] ** 2, home) for index in clipped]).sum()
     # The sum is a sum of squares in exact arithmetic; rounding may leave it just below zero, and κ/0 gives ν = 1.
     total = total.clamp(min=0)
     for index in clipped:
         clip = clips[index]
         assert clip is not None
-        scales[index] = (clip / total).sqrt().clamp(max=1).to(dots[index].device, non_blocking=True)
+        scales[index] = reading.brought((clip / total).sqrt().clamp(max=1), dots[index].device)
     return scales
 
 
@@ -70,11 +70,11 @@ def norm_scales(squares: Sequence[Tensor], bounds: Sequence[float | None]) -> li
     if not bounded:
         return scales
     home = squares[bounded[0]].device
-    norm = torch.stack([squares[index].to(home, non_blocking=True) for index in bounded]).sum().sqrt()
+    norm = torch.stack([reading.brought(squares[index], home) for index in bounded]).sum().sqrt()
     for index in bounded:
         bound = bounds[index]
         assert bound is not None
-        scales[index] = (bound / norm).clamp(max=1).to(squares[index], non_blocking=True)
+        scales[index] = reading.brought((bound / norm).clamp(max=1), squares[index].device, squares[index].dtype)
     return scales
 
 
@@ -110,6 +110,7 @@ def apply_update(
     directions: Sequence[Tensor],
     state: MutableMapping[Tensor, dict[str, Tensor]],
     scales: Sequence[Tensor | None] | None = None,
+    good: Tensor | None = None,
 ) -> None:
     """Update the parameters of one param group along -direction, with momentum as in torch.optim.SGD.
 
@@ -122,11 +123,16 @@ def apply_update(
         directions: one per parameter, same shape and dtype; never changed.
         state: per parameter; holds the momentum buffers.
         scales: factor of each direction, 0-dimensional; None for 1.
+        good: bool (); where it is False nothing changes. None for True.
     """
     if not parameters:
         return
     parameters, directions = list(parameters), list(directions)
     scales = [None] * len(directions) if scales is None else scales
+    if good is not None:
+        scaled = [d if scale is None else d * scale for d, scale in zip(directions, scales, strict=True)]
+        _update_where(good, group, parameters, scaled, state)
+        return
     lr, momentum = group["lr"], group["momentum"]
     if group["decoupled"] and group["weight_decay"]:
         torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
@@ -182,3 +188,60 @@ def _add(
         torch._foreach_add_(some, added, alpha=alpha * factor)
     if scaled[0]:
         torch._foreach_addcmul_(*scaled, value=alpha)
+
+
+def _update_where(
+    good: Tensor,
+    group: Mapping[str, Any],
+    parameters: Sequence[Tensor],
+    directions: Sequence[Tensor],
+    state: MutableMapping[Tensor, dict[str, Tensor]],
+) -> None:
+    """The update where `good` is True, without a look at it: torch's fused SGD, which can be told so on the device.
+
+    It is one pass over parameters, directions and buffers, for all tensors of a device and dtype that lie in memory
+    alike; what does not is copied beside them first.
+    """
+    buckets: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+    for index, parameter in enumerate(parameters):
+        buckets.setdefault((parameter.dtype, parameter.device), []).append(index)
+    lr, momentum = group["lr"], group["momentum"]
+    for (_, device), chosen in buckets.items():
+        bad = reading.brought(good.logical_not(), device, torch.float32)
+        some = [parameters[index] for index in chosen]
+        places = [_dense(parameter) for parameter in some]
+        moves = [_as_laid_out(directions[index], place) for index, place in zip(chosen, places, strict=True)]
+        buffers: list[Tensor] = []
+        for parameter, place in zip(some, places, strict=True) if momentum else ():
+            held = state[parameter].get(MOMENTUM)
+            if held is None or held.stride() != place.stride():
+                # m · 0 + d is d: the buffer's first value needs no case of its own.
+                held = torch.zeros_like(place) if held is None else torch.empty_like(place).copy_(held)
+                state[parameter][MOMENTUM] = held
+            buffers.append(held)
+        reals = [[_real(tensor) for tensor in tensors] for tensors in (places, moves, buffers)]
+        options = {"weight_decay": 0.0, "dampening": 0.0, "maximize": False, "is_first_step": False, "found_inf": bad}
+        if group["decoupled"] and group["weight_decay"]:
+            # θ - lr·η·θ: the parameters as their own gradients.
+            own = {"momentum": 0.0, "lr": lr * group["weight_decay"], "nesterov": False}
+            torch._fused_sgd_(reals[0], reals[0], [], **own, **options)
+        torch._fused_sgd_(*reals, momentum=momentum, lr=lr, nesterov=group["nesterov"], **options)
+        for parameter, place in zip(some, places, strict=True):
+            if place is not parameter:
+                parameter.copy_(place)
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy where it has gaps or overlaps in memory."""
+    if tensor.is_contiguous() or torch.empty_like(tensor).stride() == tensor.stride():
+        return tensor
+    return tensor.contiguous()
+
+
+def _as_laid_out(tensor: Tensor, like: Tensor) -> Tensor:
+    """The tensor, or a copy with the strides of `like`."""
+    return tensor if tensor.stride() == like.stride() else torch.empty_like(like).copy_(tensor)
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from kronfac.curvature import GradientRows, KroneckerFactors, Recorder, ScaledSums
 from kronfac.curvature.clock import Clock
+from kronfac.curvature.statistics import Pending
+from kronfac.optim import ledger, reading
 from kronfac.optim.background import Background
 from kronfac.optim.chains import form_chains
 from kronfac.optim.groups import GroupedOptimizer, all_parameters, home_of
@@ -63,6 +65,7 @@ class WatchingOptimizer(GroupedOptimizer):
         self._clock: Clock | None = None
         self._reporter = Reporter()
         self._counters = dict.fromkeys(COUNTERS, 0)
+        self._ledger = ledger.Ledger()
         self._coverage = Coverage([])
         self._places: list[tuple[torch.dtype, torch.device]] = []
         self._recorder: Recorder | None = None
@@ -80,13 +83,13 @@ class WatchingOptimizer(GroupedOptimizer):
 
     @property
     def steps(self) -> int:
-        """Steps taken, the skipped ones not counted."""
-        return self._counters["step"]
+        """Steps taken, the skipped ones not counted. On an accelerator a look at it waits for the device."""
+        return self._counts()["step"]
 
     @property
     def skipped_steps(self) -> int:
-        """Steps skipped because something was not finite."""
-        return self._counters["skipped_steps"]
+        """Steps skipped because something was not finite. On an accelerator a look at it waits for the device."""
+        return self._counts()["skipped_steps"]
 
     @property
     def inverse_failures(self) -> int:
@@ -97,6 +100,14 @@ class WatchingOptimizer(GroupedOptimizer):
     def inverse_retries(self) -> int:
         """How often a factor needed more damping than asked for."""
         return self._counters["inverse_retries"]
+
+    @property
+    def next_step_is_plain(self) -> bool:
+        """Whether the coming step takes no statistics and neither makes, asks for nor takes up inverses.
+
+        Such a step never waits for the device, and can be captured in a CUDA graph.
+        """
+        return not (self._adaptive or self._live_recorder().due or self._refreshes())
 
     def factors(self) -> dict[str, KroneckerFactors]:
         """Undamped running averages, copied: ``{layer name: KroneckerFactors(A (in[+1], in[+1]), G (out, out))}``.
@@ -186,8 +197,37 @@ class WatchingOptimizer(GroupedOptimizer):
         if text is not None:
             self._reporter.once(text, text)
 
+    def _counts(self) -> dict[str, int]:
+        """The counters with what only the device knows so far."""
+        skipped = self._ledger.look()
+        counters = self._counters
+        return {
+            **counters,
+            "step": counters["step"] - skipped,
+            "skipped_steps": counters["skipped_steps"] + skipped,
+        }
+
+    def _refreshes(self) -> bool:
+        """Whether the coming step makes, asks for or takes up inverses, and waits for that."""
+        step = self._counters["step"]
+        return (
+            any(step % period == 0 for period in self._upcoming("inverse_every", step))
+            or any(layer.factors is not None and layer.factorisation is None for layer in self._coverage.layers)
+            or (self._background is not None and self._background.is_due(step))
+        )
+
+    def _settle(self) -> None:
+        """Correct the step number by the steps that were skipped without anybody waiting to learn of it."""
+        skipped, surprising = self._ledger.settle()
+        self._counters["step"] -= skipped
+        self._counters["skipped_steps"] += skipped
+        if surprising:
+            self._reporter.skipped(ledger.CAUSE)
+
     def _check_before_step(self) -> None:
         """Evaluate the options for this step and refuse what it could not be taken with."""
+        if self._ledger.is_open and self._refreshes():
+            self._settle()
         self._resolve(self._counters["step"])
         layers, recorder = self._coverage.layers, self._live_recorder()
         check_layers(layers, self.param_groups)
@@ -208,8 +248,13 @@ class WatchingOptimizer(GroupedOptimizer):
         """
         recorder = self._live_recorder()
         awaited = recorder.due
-        pending = recorder.collect(loss_scale=self._loss_scale(scale, found_inf))
-        pending.all_reduce()
+        # To exchange counts the host waits for the device. Between steps that all ranks know to be due, what
+        # record_statistics() has taken stays pending on an accelerator.
+        if world_size() == 1 or awaited or self._home().type == "cpu" or self._refreshes():
+            pending = recorder.collect(loss_scale=self._loss_scale(scale, found_inf))
+            pending.all_reduce()
+        else:
+            pending = Pending()
         rows = recorder.rows.take()
         fresh = self._due(pending.scaled_sums())
         if self._coverage.outdated():
@@ -248,14 +293,16 @@ class WatchingOptimizer(GroupedOptimizer):
         asked_for = not any(step % group["factor_every"] == 0 for group in self.param_groups)
         return {name: pair for name, pair in fresh.items() if asked_for or name in due}
 
-    def _loss_scale(self, scale: Tensor | None, found_inf: Tensor | None) -> float:
+    def _loss_scale(self, scale: Tensor | None, found_inf: Tensor | None) -> float | Tensor:
         """How the loss was scaled when the statistics were taken; only the training backward carries a scale."""
         if self.fisher != "empirical":
             return 1.0
+        if scale is None and self._grad_scaler is not None and self._grad_scaler.is_enabled():
+            scale = self._grad_scaler._get_scale_async()
+            if scale is None:  # it has scaled nothing so far
+                return float(self._grad_scaler.get_scale())
         if scale is not None:
-            return float(scale)
-        if self._grad_scaler is not None and self._grad_scaler.is_enabled():
-            return float(self._grad_scaler.get_scale())
+            return float(scale) if reading.at_hand(scale) else scale
         if found_inf is not None:
             raise ValueError(
                 "KFAC.step: fisher='empirical': the gradients were unscaled before the step, so the loss scale of the "

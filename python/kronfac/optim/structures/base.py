@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Literal, NamedTuple, Protocol, TypeAlias
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from kronfac.curvature import ExtraStatistic, GradientRows, LayerAdapter
 from kronfac.curvature.adapter import Block
+from kronfac.optim import reading
 
 Kind: TypeAlias = Block | Literal["pairs"]
 """What a layer's curvature is made of: a kind of block of A and G, or joint statistics of inputs and gradients."""
@@ -159,7 +161,11 @@ def per_layer(values: Sequence[float], like: Sequence[Tensor]) -> Tensor:
     fitted = [min(max(value, limits.tiny), limits.max) for value in values]
     if len(set(fitted)) == 1:
         return torch.full((len(fitted),), fitted[0], dtype=dtype, device=device)
-    return torch.tensor(fitted, dtype=dtype, device=device)
+    if reading.at_hand(like[0]):
+        return torch.tensor(fitted, dtype=dtype, device=device)
+    # A copy from the host would make it wait. Layers of one param group mostly lie side by side.
+    runs = [(value, len(list(run))) for value, run in groupby(fitted)]
+    return torch.cat([torch.full((length,), value, dtype=dtype, device=device) for value, length in runs])
 
 
 def finish(grads: Sequence[Tensor], out: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:

@@ -59,9 +59,11 @@ class DiagonalInputEigen(WithoutRows):
         bases = eigenbases([pair.G for pair in factors])
         values: list[Factorisation | None] = []
         for pair, basis in zip(factors, bases.values, strict=True):
-            values.append(
-                None if basis is None else {"left_vectors": basis[1], "left_values": basis[0], "diagonal": pair.A}
-            )
+            if basis is None:
+                values.append(None)
+                continue
+            # A copy: where averages keep their memory it changes before the inverses do.
+            values.append({"left_vectors": basis[1], "left_values": basis[0], "diagonal": pair.A.clone()})
         return Factorised(values, bases.retried)
 
     def apply(
