@@ -39,10 +39,11 @@ class DampedEigh {
     std::vector<size_t> order(factors_.size());
     std::iota(order.begin(), order.end(), size_t{0});
     std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return size(a) > size(b); });
+    const int64_t small_order = order.empty() ? 0 : eigh_small_order();
     size_t begin = 0;
     while (begin < order.size() && size(order[begin]) > 0) {
       const int64_t n = size(order[begin]);
-      const bool small = n <= kJacobiOrder;
+      const bool small = n <= small_order;
       const int64_t most = small ? static_cast<int64_t>(order.size())
                                  : std::clamp<int64_t>(kLibraryEntries / (n * n), 1, kLibraryMatrices);
       size_t end = begin;
@@ -109,7 +110,7 @@ class DampedEigh {
     launch(problems, eigh_small);
   }
 
-  // Matrices of one order, above kJacobiOrder.
+  // Matrices of one order, too large for shared memory.
   void solve_large(const std::vector<size_t>& members, int64_t n) {
     const int64_t count = static_cast<int64_t>(members.size());
     if (n > kLibraryOrder || !solver_available()) return solve_one_by_one(members, n);

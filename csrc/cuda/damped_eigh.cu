@@ -71,6 +71,15 @@ void small_of(const EighBatch& batch, Stream stream) {
 
 }  // namespace
 
+int32_t eigh_small_order() {
+  int device = 0, bytes = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) {
+    check_launch("damped_eigh");
+  }
+  return small_order_of(bytes);
+}
+
 void eigh_small(Element type, EighBatch& batch, Stream stream) {
   static_assert(sizeof(EighBatch) <= 4096);
   if (batch.count == 0) return;

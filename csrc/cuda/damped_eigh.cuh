@@ -126,6 +126,13 @@ KRONFAC_DEVICE void small_eigh(Block& block, double* memory, const EighBatch& ba
   });
 }
 
+// The largest order up to kJacobiOrder whose matrices take at most this many bytes of shared memory.
+inline int32_t small_order_of(int64_t bytes) {
+  int32_t n = kJacobiOrder;
+  while (n > 0 && jacobi_bytes(n, kJacobiThreads[jacobi_class(n)]) > bytes) --n;
+  return n;
+}
+
 struct EighShared {
   double partial[kEighThreads];
 };

@@ -17,7 +17,7 @@
 
 namespace kronfac::cuda {
 
-// A and V of a block of threads in 160 KiB of shared memory, which sm_80 has.
+// A and V in 153 KiB of shared memory: a block of threads may have 163 on sm_80, 227 on sm_90 (see eigh_small_order).
 inline constexpr int kJacobiOrder = 112;
 // Orders of a launch: its matrices all take the shared memory of the largest. 15 KiB up to 32 (a multiprocessor has
 // 228, or 164 on sm_80), 53 KiB up to 64.
@@ -43,7 +43,7 @@ struct EighProblem {
 };
 
 struct EighBatch {
-  EighProblem problem[kEighMatrices];  // orders of one class, or all above kJacobiOrder
+  EighProblem problem[kEighMatrices];  // for eigh_small: orders of one class
   int32_t first[kEighMatrices + 1];    // the first block of threads of each matrix in this launch
   int32_t count;
   const void* damping;
@@ -59,9 +59,12 @@ struct EighBatch {
   }
 };
 
-// All of it, for orders of one class.
+// The largest order that the current device has the shared memory for: kJacobiOrder, or 89 on the smaller devices of
+// sm_80's and later families, which have 99 KiB for a block of threads.
+int32_t eigh_small_order();
+// All of it, for orders of one class, none above eigh_small_order().
 void eigh_small(Element type, EighBatch& batch, Stream stream);
-// Before and after a library, for orders above kJacobiOrder.
+// Before and after a library.
 void eigh_load(Element type, EighBatch& batch, Stream stream);
 void eigh_finish(Element type, EighBatch& batch, Stream stream);
 

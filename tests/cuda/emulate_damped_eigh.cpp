@@ -60,7 +60,7 @@ void run(EighBatch& batch, int step) {
 
 }  // namespace
 
-extern "C" int32_t jacobi_order_limit() { return kJacobiOrder; }
+extern "C" int32_t small_order(int64_t bytes) { return small_order_of(bytes); }
 extern "C" int64_t jacobi_shared_memory(int32_t n) { return jacobi_bytes(n, kJacobiThreads[jacobi_class(n)]); }
 
 // One batch. step: 0 all of small matrices, 1 what comes before a library, 2 what comes after it. pointers: f, values,

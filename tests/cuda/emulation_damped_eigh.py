@@ -55,9 +55,9 @@ class _Batch:
         )  # fmt: skip
 
 
-def order_limit() -> int:
-    """Up to which order matrices are solved in shared memory."""
-    return int(library(SOURCE).jacobi_order_limit())
+def small_order(shared_memory: int) -> int:
+    """Up to which order matrices are solved in so many bytes of shared memory."""
+    return int(library(SOURCE).small_order(ctypes.c_int64(shared_memory)))
 
 
 def shared_memory(n: int) -> int:

@@ -83,10 +83,11 @@ def test_spectra(n: int, dtype: torch.dtype) -> None:
         assert_decomposition((f.double() / scale).to(dtype), 0.0, (a.double() / scale).to(dtype), q)
 
 
-def test_small_matrices_fit_into_the_shared_memory_of_sm_80() -> None:
-    assert emulation.shared_memory(emulation.order_limit()) <= 163 << 10
-    assert emulation.shared_memory(32) * 8 <= 164 << 10
-    assert emulation.shared_memory(64) * 3 <= 164 << 10
+def test_orders_for_the_shared_memory_of_devices() -> None:
+    assert emulation.small_order(163 << 10) == 112  # sm_80
+    assert emulation.small_order(99 << 10) == 89  # sm_86, sm_89, sm_120
+    for order, blocks in ((32, 8), (64, 3)):
+        assert emulation.shared_memory(order) * blocks <= 164 << 10
 
 
 @pytest.mark.parametrize("n", [6, 40])

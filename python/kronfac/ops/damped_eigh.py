@@ -33,10 +33,10 @@ def damped_eigh(
     the others as they would have been without it. The matrices are solved side by side on the threads there are,
     except that one with more than its share of the whole work runs alone with the solver's own threads.
 
-    On CUDA, matrices up to order 112 are solved by Jacobi rotations in shared memory, up to 48 in a launch; larger ones
-    of one order together by cuSOLVER's batched solver, up to order 2048, where the library that torch brings has one
-    (``kronfac info`` says which is in use); all others by `torch.linalg.eigh`, one after another, which waits for the
-    device. What is not finite never reaches a library.
+    On CUDA, matrices up to order 112 (89 where a block of threads has 99 KiB of shared memory) are solved by Jacobi
+    rotations in it, up to 48 in a launch; larger ones of one order together by cuSOLVER's batched solver, up to order
+    2048, where the library that torch brings has one (``kronfac info`` says which is in use); all others by
+    `torch.linalg.eigh`, one after another, which waits for the device. What is not finite never reaches a library.
 
     Args:
         factors: symmetric matrices (n_i, n_i) of any sizes and strides, float32 or float64. Only the lower triangle
