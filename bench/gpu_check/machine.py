@@ -56,6 +56,13 @@ def facts() -> dict[str, Any]:
     }
 
 
+def about() -> list[str]:
+    """What the times of a process are about: device and sources."""
+    import torch
+
+    return [torch.cuda.get_device_name(0), sources()]
+
+
 def nvcc() -> str | None:
     """The CUDA compiler, on the path or where it is usually installed."""
     named = os.environ.get("CUDACXX") or shutil.which("nvcc")

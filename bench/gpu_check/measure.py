@@ -11,6 +11,7 @@ import torch
 
 from bench.gpu_check.cases import GpuCase, cases
 from bench.gpu_check.files import write_json
+from bench.gpu_check.machine import about
 from bench.gpu_check.peak import Peaks, measure_peaks, tf32
 from bench.gpu_check.report import plain
 from bench.gpu_check.timing import Stopwatch
@@ -25,7 +26,7 @@ def main(group: str, target: Path) -> int:
     torch.set_default_device("cuda")
     torch.backends.cudnn.allow_tf32 = False
     watch = Stopwatch()
-    found: dict[str, Any] = {"results": [], "steps": [], "failed": []}
+    found: dict[str, Any] = {"about": about(), "results": [], "steps": [], "failed": []}
     if group == "steps":
         from bench.gpu_check.steps import CONFIGURATIONS, measure_steps
 

@@ -247,24 +247,31 @@ def compute_sanitizer() -> str | None:
 
 
 def bench(place: Place) -> dict[str, Any]:
-    """Each group of cases in a process of its own: an error of the device ends a process, and only that group."""
+    """Each group of cases in a process of its own: an error of the device ends a process, and only that group.
+
+    Where only some groups are asked for, what the others found before is kept, if device and sources are the same.
+    """
     from bench.gpu_check.groups import GROUPS
 
     check_import(place)
     found: dict[str, Any] = {"peaks": None, "results": [], "steps": [], "groups": {}}
     wrong = []
-    for group in place.groups or GROUPS:
+    for group in GROUPS:
         target = place.state / f"bench-{group}.json"
-        target.unlink(missing_ok=True)
-        done = run([sys.executable, "-m", "bench.gpu_check.measure", group, str(target)], place)
+        done = None
+        if not place.groups or group in place.groups:
+            target.unlink(missing_ok=True)
+            done = run([sys.executable, "-m", "bench.gpu_check.measure", group, str(target)], place)
         content = read_json(target) or {}
+        if done is None and content.get("about") != machine.about():
+            continue
         found["peaks"] = content.get("peaks") or found["peaks"]
         found["results"] += content.get("results", [])
         found["steps"] += content.get("steps", [])
         bad = [f"{case['op']}[{case['case']}]: {case['message']}" for case in content.get("failed", [])]
-        if done.status != 0 and not bad:
+        if done is not None and done.status != 0 and not bad:
             bad = [done.reason()]
-        found["groups"][group] = {"seconds": done.seconds, "failed": bad}
+        found["groups"][group] = {"seconds": None if done is None else done.seconds, "failed": bad}
         wrong += [f"{group}: {message}" for message in bad]
     if wrong:
         raise PartError("; ".join(wrong), found)

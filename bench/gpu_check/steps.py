@@ -57,7 +57,11 @@ class Configuration:
         )
 
 
-CONFIGURATIONS = (Configuration(), Configuration(torch.channels_last))
+CONFIGURATIONS = (
+    Configuration(),
+    Configuration(torch.channels_last),
+    Configuration(torch.channels_last, max_staleness=20),
+)
 
 
 class Side:

@@ -8,7 +8,7 @@ import torch
 
 from kronfac.cli.bench.measure import MIN_ROUNDS, Timing
 
-SECONDS = 3.0
+SECONDS = 1.0
 """About how long the rounds of a case take together."""
 MOST_ROUNDS = 100
 LEAST_FLUSH = 128 << 20

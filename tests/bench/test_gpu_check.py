@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -212,6 +215,51 @@ def test_a_program_that_does_not_end_is_stopped(tmp_path: Path) -> None:
     assert done.seconds < 30
 
 
+def test_our_tests_are_found_beside_a_package_of_that_name(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(parts.SITE_CUSTOMIZE)
+    foreign = tmp_path / "installed" / "tests"
+    foreign.mkdir(parents=True)
+    (foreign / "__init__.py").write_text("")
+    path = os.pathsep.join(map(str, (tmp_path, parts.ROOT, foreign.parent)))
+    program = "import importlib.util; print(importlib.util.find_spec('tests.processes').origin)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": path}, cwd=tmp_path, capture_output=True,
+        text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == str(parts.ROOT / "tests" / "processes.py")
+
+
 def test_sources_name_a_digest() -> None:
     assert machine.sources() == machine.sources()
     assert len(machine.sources()) == 16
+
+
+def test_groups_that_were_not_asked_for_keep_what_they_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(arguments: list[str], place: parts.Place, **environment: str) -> parts.Run:
+        if "bench.gpu_check.measure" in arguments:
+            group, target = arguments[-2:]
+            content = {"about": ["device", "now"], "results": [], "steps": [], "failed": [], "peaks": {"of": group}}
+            Path(target).write_text(json.dumps(content))
+        return parts.Run(0, "", 1.0)
+
+    monkeypatch.setattr(parts, "run", measured)
+    monkeypatch.setattr(machine, "about", lambda: ["device", "now"])
+    (tmp_path / "bench-steps.json").write_text('{"about": ["device", "before"], "failed": []}')
+    (tmp_path / "bench-covariance.json").write_text('{"about": ["device", "now"], "failed": []}')
+    found = parts.bench(parts.Place(tmp_path, groups=["damped_eigh"]))
+    assert {group: entry["seconds"] for group, entry in found["groups"].items()} == {
+        "covariance": None,
+        "damped_eigh": 1.0,
+    }
+    assert found["peaks"] == {"of": "damped_eigh"}
+
+
+def test_a_group_that_dies_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def died(arguments: list[str], place: parts.Place, **environment: str) -> parts.Run:
+        broken = arguments[-2] == "covariance"
+        return parts.Run(134 if broken else 0, "an illegal memory access", 1.0)
+
+    monkeypatch.setattr(parts, "run", died)
+    with pytest.raises(parts.PartError, match=r"^covariance: exit status 134: an illegal memory access$") as caught:
+        parts.bench(parts.Place(tmp_path))
+    assert len(caught.value.found["groups"]) == len(GROUPS)
