@@ -199,6 +199,13 @@ def counts(report: Path) -> dict[str, Any]:
 
 
 SMALL_CASES = re.compile(r"^small cases: (\d+) right$", re.MULTILINE)
+SANITIZERS = {
+    # torch asks the runtime for things that may fail, and goes on; what fails here shows in the results.
+    "memcheck": [["--report-api-errors", "no"]],
+    # Libraries synchronise in ways that racecheck does not follow: only our kernels are judged by it.
+    "racecheck": [["--kernel-regex", "kns=kronfac"], ["--kernel-name", "kns=kronfac"]],
+}
+"""Tools, and the options that are tried one after another, before none."""
 SUMMARY = re.compile(r"^=+ ((?:ERROR|RACECHECK) SUMMARY: .*)$", re.MULTILINE)
 
 
@@ -209,11 +216,9 @@ def sanitizer(place: Place) -> dict[str, Any]:
         raise PartError("no compute-sanitizer: it comes with the CUDA toolkit; put it on the path or set CUDA_HOME")
     check_import(place)
     found: dict[str, Any] = {}
-    for name in ("memcheck", "racecheck"):
-        # Libraries synchronise in ways that racecheck does not follow: only our kernels are judged by it.
-        filters = [["--kernel-regex", "kns=kronfac"], ["--kernel-name", "kns=kronfac"]] if name == "racecheck" else []
+    for name, wishes in SANITIZERS.items():
         done = None
-        for options in (*filters, []):
+        for options in (*wishes, []):
             command = [tool, "--tool", name, "--error-exitcode", "9", *options]
             done = run([*command, sys.executable, "-m", "bench.gpu_check.small_cases"], place,
                        PYTORCH_NO_CUDA_MEMORY_CACHING="1")  # fmt: skip

@@ -207,6 +207,28 @@ def test_what_programs_say_is_read(tmp_path: Path) -> None:
     assert parts.counts(file) == {"tests": 3, "failures": 1, "errors": 0, "skipped": 1, "failed": ["a::b: no"]}
 
 
+def test_the_sanitizer_goes_on_without_options_that_it_does_not_know(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a tool that ends well without having run the cases has not passed."""
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(
+        """#!/bin/sh
+case "$*" in
+*--kernel-regex*|*--report-api*) echo unknown option; exit 1;;
+*racecheck*--kernel-name*) printf 'small cases: 74 right\\n========= RACECHECK SUMMARY: 0 hazards displayed\\n';;
+esac
+"""
+    )
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(parts, "check_import", lambda place: None)
+    with pytest.raises(parts.PartError, match=r"^memcheck: exit status 0:") as caught:
+        parts.sanitizer(parts.Place(tmp_path))
+    found = caught.value.found["tools"]["racecheck"]
+    assert (found["cases"], found["options"], found["message"]) == (74, ["--kernel-name", "kns=kronfac"], "")
+
+
 def test_a_program_that_does_not_end_is_stopped(tmp_path: Path) -> None:
     place = parts.Place(tmp_path, deadline=time.monotonic() + 0.2)
     done = parts.run(["sh", "-c", "echo begun; sleep 60"], place)
