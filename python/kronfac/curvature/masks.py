@@ -34,7 +34,7 @@ def _at_hand(mask: Tensor) -> bool:
 
 
 def _look_up(mask: Tensor) -> tuple[int, Tensor, Tensor | None]:
-    entry: tuple[int, Tensor, Tensor | None] | None = _known.get(mask)
+    entry: tuple[int, Tensor, Tensor | None] | None = _known.get(mask)  # type: ignore[no-untyped-call]
     if entry is None or entry[0] != mask._version:
         left = None if mask.dim() == 1 else mask.reshape(len(mask), -1).any(1)
         entry = mask._version, mask.flatten().nonzero().squeeze(1), left

@@ -39,7 +39,7 @@ class Lanes:
         devices = {tensor.device: None for tensor in tensors if has_lanes(tensor.device)}
         for device in devices:
             if device not in self._streams:
-                self._streams[device] = cuda.Stream(device)
+                self._streams[device] = cuda.Stream(device)  # type: ignore[no-untyped-call]
         return Crossing([self._streams[device] for device in devices], tensors)
 
 
@@ -84,6 +84,6 @@ class Crossing:
 
 
 def _record(stream: Any) -> Any:
-    event = cuda.Event()
+    event = cuda.Event()  # type: ignore[no-untyped-call]
     event.record(stream)
     return event

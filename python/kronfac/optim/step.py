@@ -271,7 +271,7 @@ def _into(old: Tensor | None, new: Tensor, good: Tensor | None) -> Tensor:
 
 def _snapshot(factors: Averages) -> Averages:
     """Averages that later steps do not write into."""
-    return Averages(*(reading.lasting(some) for some in factors[:2]), reading.all_lasting(factors.extra))
+    return Averages(reading.lasting(factors.A), reading.lasting(factors.G), reading.all_lasting(factors.extra))
 
 
 def unscale(groups: Groups, scale: Tensor) -> None:

@@ -219,16 +219,36 @@ def _update_where(
                 held = torch.zeros_like(place) if held is None else torch.empty_like(place).copy_(held)
                 state[parameter][MOMENTUM] = held
             buffers.append(held)
-        reals = [[_real(tensor) for tensor in tensors] for tensors in (places, moves, buffers)]
-        options = {"weight_decay": 0.0, "dampening": 0.0, "maximize": False, "is_first_step": False, "found_inf": bad}
         if group["decoupled"] and group["weight_decay"]:
             # θ - lr·η·θ: the parameters as their own gradients.
-            own = {"momentum": 0.0, "lr": lr * group["weight_decay"], "nesterov": False}
-            torch._fused_sgd_(reals[0], reals[0], [], **own, **options)
-        torch._fused_sgd_(*reals, momentum=momentum, lr=lr, nesterov=group["nesterov"], **options)
+            _fused_sgd(places, places, [], bad, lr=lr * group["weight_decay"])
+        _fused_sgd(places, moves, buffers, bad, lr=lr, momentum=momentum, nesterov=group["nesterov"])
         for parameter, place in zip(some, places, strict=True):
             if place is not parameter:
                 parameter.copy_(place)
+
+
+def _fused_sgd(
+    parameters: Sequence[Tensor],
+    moves: Sequence[Tensor],
+    buffers: Sequence[Tensor],
+    bad: Tensor,
+    *,
+    lr: float,
+    momentum: float = 0.0,
+    nesterov: bool = False,
+) -> None:
+    torch._fused_sgd_(
+        *([_real(tensor) for tensor in tensors] for tensors in (parameters, moves, buffers)),
+        weight_decay=0.0,
+        momentum=momentum,
+        lr=lr,
+        dampening=0.0,
+        nesterov=nesterov,
+        maximize=False,
+        is_first_step=False,
+        found_inf=bad,
+    )
 
 
 def _dense(tensor: Tensor) -> Tensor:
