@@ -35,18 +35,18 @@ int32_t one(int32_t) { return 1; }
 
 void factor_pivots(Element type, BlockedBatch& batch, Stream stream) {
   const auto kernel = type == Element::f64 ? factor_kernel<double> : factor_kernel<float>;
-  start("factor_pivots", kernel, batch, batch.layout(one), stream);
+  start("factor_pivots", kernel, batch, batch.layout(batch.part_start(), one), stream);
 }
 
 void gather_pivots(Element type, BlockedBatch& batch, Stream stream) {
   const auto kernel = type == Element::f64 ? gather_kernel<double> : gather_kernel<float>;
-  const int32_t blocks = batch.layout([&](int32_t n) { return batch.gathers(n); });
+  const int32_t blocks = batch.layout(batch.start(), [&](int32_t n) { return batch.gathers(n); });
   start("gather_pivots", kernel, batch, blocks, stream);
 }
 
 void blocked_addresses(Element type, BlockedBatch& batch, Stream stream) {
   const auto kernel = type == Element::f64 ? addresses_kernel<double> : addresses_kernel<float>;
-  start("blocked_addresses", kernel, batch, batch.layout(one), stream);
+  start("blocked_addresses", kernel, batch, batch.layout(0, one), stream);
 }
 
 }  // namespace kronfac::cuda

@@ -1,17 +1,13 @@
-// damped_inverse for the largest matrices: the sweep of csrc/kernels/inverse_sweep.h by blocks of pivots, with cuBLAS
-// for the products. With A = F + damping I and, for each block K of pivots in turn, the inverse W of the Cholesky
-// factor of A_KK,
-//
-//   Y := -A_:K W^T,  Y_K := W^T,  A_:K := 0,  A_K: := 0,  A := A - Y Y^T  (lower triangle)
-//
-// and A ends as minus the inverse. W is made in double in the registers of one block of threads; the update goes by
-// square tiles of the lower triangle, those of all matrices of one order in one call. Always in full float32: factors
-// rounded to TF32 would ruin an inverse.
+// damped_inverse for the largest matrices: the sweep of damped_inverse.h with cuBLAS for the products. So that a pass
+// over the matrix is worth it, `block` / 64 blocks of 64 pivots are swept first in their own columns U of the matrix,
+// which gives as many columns of Y, before A := A - Y Y^T goes over the rest. That update goes by square tiles of the
+// lower triangle, those of all matrices of one order in one call. Always in full float32: factors rounded to TF32 would
+// ruin an inverse.
 //
 // A matrix of order n takes n^3 flops, as Cholesky and its inverse do, n^2 times the side of a tile more for tiles on
-// the diagonal and 2 n^2 times the pivots for Y. ResNet-50's 108 matrices take 453 Gflop, 449 of them the 35 that go
-// this way, and 75 more for the latter two: 7.8 ms at an H200's 67 Tflop/s of float32. A matrix of order 4608 passes
-// through memory in each of its 36 steps, 3 GB or 0.6 ms at 4.8 TB/s.
+// the diagonal and 320 n^2 for U and Y. ResNet-50's 108 matrices take 453 Gflop, 449 of them the 35 that go this way,
+// and 84 more for the latter two: 8 ms at an H200's 67 Tflop/s of float32. A matrix of order 4608 passes through memory
+// in each of its 18 steps, 1.5 GB or 0.3 ms at 4.8 TB/s.
 #pragma once
 
 #include <vector>
@@ -21,32 +17,35 @@
 
 namespace kronfac::cuda {
 
-// The pivots of a block: as many as the registers of 256 threads hold in double, 64 numbers each.
-inline constexpr int32_t kMostPivots = 128;
-// The side of a tile: four tiles of a library's kernel, so that half a tile on the diagonal is a small part; and from
-// three to a side on, most are off the diagonal.
-inline constexpr int32_t kUpdateTile = 256, kBlockedOrder = 3 * kUpdateTile;
+// Four blocks of 64 pivots to an update: an entry of A is read and written for 512 flops, where the kernels of
+// damped_inverse.h have 128. The tile is four of a library's kernel, so that half a tile on the diagonal is a small
+// part; from three to a side on, most are off the diagonal.
+inline constexpr int32_t kUpdatePivots = 256, kUpdateTile = 256, kBlockedOrder = 3 * kUpdateTile;
 
 struct BlockedProblem {
   void* x;                            // (n, n), its lower triangle
-  void* u;                            // (n, pivots): A_:K, and -1 on the diagonal of K
-  void* y;                            // (n, pivots)
-  void* w;                            // (pivots, pivots)
-  void** addresses;                   // of the matrices of one order: 3 (1 + tiles) for each
+  void* u;                            // (n, block): A in the columns of the pivots
+  void* y;                            // (n, block)
+  void* w;                            // (kPivots, kPivots)
+  void** addresses;                   // of the matrices of one order: addresses_of() for each
   int32_t n, index, member, members;  // member: its number among the matrices of its order
 };
 
 struct BlockedBatch {
-  BlockedProblem problem[kMostMatrices];  // by descending order n
-  int32_t first[kMostMatrices + 1];       // the first block of threads of each matrix in this launch
-  int32_t count, pivots, tile, step;
+  BlockedProblem problem[kMostMatrices];   // by descending order n
+  int32_t first[kMostMatrices + 1];        // the first block of threads of each matrix in this launch
+  int32_t count, block, tile, step, part;  // part: which kPivots of the step's pivots
   int32_t* info;
 
   static KRONFAC_BOTH int32_t cut(int32_t n, int32_t by) { return (n + by - 1) / by; }
-  // Pivots of this step.
-  KRONFAC_BOTH int32_t width(int32_t n) const { return n - step * pivots < pivots ? n - step * pivots : pivots; }
+  KRONFAC_BOTH int32_t parts() const { return block / kPivots; }
+  // The first pivot of this step, and of this part of it; how many pivots there are from there on.
+  KRONFAC_BOTH int32_t start() const { return step * block; }
+  KRONFAC_BOTH int32_t part_start() const { return start() + part * kPivots; }
+  KRONFAC_BOTH int32_t width(int32_t n) const { return n - start() < block ? n - start() : block; }
+  KRONFAC_BOTH int32_t part_width(int32_t n) const { return n - part_start() < kPivots ? n - part_start() : kPivots; }
   // Blocks of threads for U, 64 x 64 entries each.
-  KRONFAC_BOTH int32_t gathers(int32_t n) const { return cut(n, 64) * cut(pivots, 64); }
+  KRONFAC_BOTH int32_t gathers(int32_t n) const { return cut(n, kPivots) * parts(); }
 
   // Tiles of the lower triangle, by rows; where the last row is lower than the others, its tiles are products of other
   // sizes: `whole` full tiles, `flat` of few rows, and the corner.
@@ -55,79 +54,123 @@ struct BlockedBatch {
   KRONFAC_BOTH int32_t flat(int32_t n) const { return ragged(n) ? cut(n, tile) - 1 : 0; }
   KRONFAC_BOTH int32_t whole(int32_t n) const { return ragged(n) ? tiles(n) - flat(n) - 1 : tiles(n); }
 
-  // As InverseBatch::layout, for the matrices that have pivots in this step.
+  // Lists of three addresses for each matrix of an order n: for Y in each part, for U in each step and part, for tiles.
+  KRONFAC_BOTH int32_t list_of_y(int32_t at_part) const { return at_part; }
+  KRONFAC_BOTH int32_t list_of_u(int32_t at_step, int32_t at_part) const { return parts() * (1 + at_step) + at_part; }
+  KRONFAC_BOTH int32_t list_of_tiles(int32_t n) const { return list_of_u(cut(n, block), 0); }
+  KRONFAC_BOTH int32_t lists(int32_t n) const { return list_of_tiles(n) + tiles(n); }
+
+  // As InverseBatch::layout, for the matrices that have pivots from `least` on.
   template <class PerMatrix>
-  int32_t layout(const PerMatrix& per_matrix) {
+  int32_t layout(int32_t least, const PerMatrix& per_matrix) {
     first[0] = 0;
     int32_t at = 0;
-    for (; at < count && problem[at].n > step * pivots; ++at) first[at + 1] = first[at] + per_matrix(problem[at].n);
+    for (; at < count && problem[at].n > least; ++at) first[at + 1] = first[at] + per_matrix(problem[at].n);
     const int32_t total = first[at];
     for (; at < count; ++at) first[at + 1] = total;
     return total;
   }
 };
 
-// The products of a step for the matrices of one order, of which p is the first: Y, then the updates.
-inline void add_products(const BlockedBatch& batch, const BlockedProblem& p, Element type, std::vector<Gemm>& ys,
-                         std::vector<Gemm>& updates) {
-  const int32_t n = p.n, members = p.members, rest = n % batch.tile, total = members * batch.tiles(n);
-  Gemm g{};
-  g.type = g.c_type = type;
-  g.pointers = true;
-  g.k = batch.width(n), g.lda = g.ldb = batch.pivots, g.a_transposed = true, g.alpha = -1;
-  // What lies by rows is its transpose by columns: Y^T := -W U^T.
-  void** at = p.addresses;
-  g.m = batch.width(n), g.n = n, g.ldc = batch.pivots, g.count = members;
-  g.a = at, g.b = at + members, g.c = at + 2 * members;
-  ys.push_back(g);
-  // A_rc^T := A_rc^T - Y_c Y_r^T.
-  at += 3 * members;
-  g.ldc = n, g.beta = 1;
-  const auto add = [&](int32_t columns, int32_t rows, int32_t count) {
-    g.m = columns, g.n = rows, g.count = count;
-    g.a = at, g.b = at + total, g.c = at + 2 * total;
-    if (count > 0) updates.push_back(g);
-    at += count;
-  };
-  add(batch.tile, batch.tile, members * batch.whole(n));
-  add(batch.tile, rest, members * batch.flat(n));
-  add(rest, rest, batch.ragged(n) ? members : 0);
-}
+// The products of this step and part for the matrices of one order, of which p is the first. What lies by rows is its
+// transpose by columns.
+class BlockedProducts {
+ public:
+  BlockedProducts(const BlockedBatch& batch, const BlockedProblem& p, Element type) : batch_(batch), p_(p) {
+    gemm_.type = gemm_.c_type = type;
+    gemm_.pointers = gemm_.a_transposed = true;
+    gemm_.alpha = -1;
+    gemm_.lda = gemm_.ldb = gemm_.ldc = batch.block;
+  }
 
-// The inverses of a batch, by at most kMostPivots pivots at a time. Go makes the launches (load, finish and poison as
-// in InversePart; factor, gather and addresses, blocked_inverse.cuh; products) and gives the memory they work in.
+  // The part's columns of Y^T := -W U^T.
+  Gemm y() const {
+    Gemm g = gemm_;
+    g.m = g.k = batch_.part_width(p_.n), g.n = p_.n, g.lda = kPivots;
+    return with(g, batch_.list_of_y(batch_.part), 0, p_.members, p_.members);
+  }
+  // The later parts' columns of U^T := U^T - Y_later Y^T, with Y's rows of their pivots; empty after the last part.
+  Gemm u() const {
+    Gemm g = gemm_;
+    const int32_t later = batch_.width(p_.n) - (batch_.part + 1) * kPivots;
+    g.m = later > 0 ? later : 0, g.n = p_.n, g.k = kPivots, g.beta = 1;
+    return with(g, batch_.list_of_u(batch_.step, batch_.part), 0, p_.members, p_.members);
+  }
+  // A_rc^T := A_rc^T - Y_c Y_r^T.
+  void updates(std::vector<Gemm>& list) const {
+    const int32_t n = p_.n, members = p_.members, rest = n % batch_.tile, total = members * batch_.tiles(n);
+    Gemm g = gemm_;
+    g.k = batch_.width(n), g.ldc = n, g.beta = 1;
+    int32_t at = 0;
+    const auto add = [&](int32_t columns, int32_t rows, int32_t count) {
+      g.m = columns, g.n = rows;
+      if (count > 0) list.push_back(with(g, batch_.list_of_tiles(n), at, count, total));
+      at += count;
+    };
+    add(batch_.tile, batch_.tile, members * batch_.whole(n));
+    add(batch_.tile, rest, members * batch_.flat(n));
+    add(rest, rest, batch_.ragged(n) ? members : 0);
+  }
+
+ private:
+  // `count` addresses from number `at` on of the lists from `list` on, each of `total`.
+  Gemm with(Gemm g, int32_t list, int32_t at, int32_t count, int32_t total) const {
+    void** const first = p_.addresses + int64_t{3} * list * p_.members + at;
+    g.a = first, g.b = first + total, g.c = first + int64_t{2} * total, g.count = count;
+    return g;
+  }
+
+  const BlockedBatch& batch_;
+  const BlockedProblem& p_;
+  Gemm gemm_;
+};
+
+// The inverses of a batch; `block` is a multiple of kPivots. Go makes the launches (load, finish and poison as in
+// InversePart; factor, gather and addresses, blocked_inverse.cuh; products) and gives the memory they work in.
 template <class Go>
-void blocked_inverse(InverseBatch& matrices, int32_t pivots, int32_t tile, Element type, Go& go) {
+void blocked_inverse(InverseBatch& matrices, int32_t block, int32_t tile, Element type, Go& go) {
   if (matrices.count == 0) return;
   const int64_t size = type == Element::f64 ? 8 : 4;
   BlockedBatch batch{};
-  batch.count = matrices.count, batch.pivots = pivots, batch.tile = tile, batch.info = matrices.info;
+  batch.count = matrices.count, batch.block = block, batch.tile = tile, batch.info = matrices.info;
   for (int32_t i = 0; i < batch.count; ++i) {
     BlockedProblem& p = batch.problem[i];
     p.x = matrices.problem[i].x, p.n = matrices.problem[i].n, p.index = matrices.problem[i].index;
-    p.u = go.memory(int64_t{p.n} * pivots * size);
-    p.y = go.memory(int64_t{p.n} * pivots * size);
-    p.w = go.memory(int64_t{pivots} * pivots * size);
+    p.u = go.memory(int64_t{p.n} * block * size);
+    p.y = go.memory(int64_t{p.n} * block * size);
+    p.w = go.memory(int64_t{kPivots} * kPivots * size);
     if (i > 0 && batch.problem[i - 1].n == p.n) {
       p.member = batch.problem[i - 1].member + 1, p.members = batch.problem[i - 1].members;
       p.addresses = batch.problem[i - 1].addresses;
       continue;
     }
     for (p.members = 1; i + p.members < batch.count && matrices.problem[i + p.members].n == p.n;) ++p.members;
-    const int64_t bytes = 3 * (int64_t{1} + batch.tiles(p.n)) * p.members * int64_t{sizeof(void*)};
-    p.addresses = static_cast<void**>(go.memory(bytes));
+    p.addresses = static_cast<void**>(go.memory(int64_t{3} * batch.lists(p.n) * p.members * int64_t{sizeof(void*)}));
   }
+  // Calls f for the products of each order that has pivots from `least` on.
+  const auto each_order = [&](int32_t least, const auto& f) {
+    for (int32_t i = 0; i < batch.count && batch.problem[i].n > least; ++i) {
+      if (batch.problem[i].member == 0) f(BlockedProducts(batch, batch.problem[i], type));
+    }
+  };
 
   go.load(matrices);
   go.addresses(batch);
-  for (; batch.problem[0].n > batch.step * pivots; ++batch.step) {
-    std::vector<Gemm> ys, updates;
-    for (int32_t i = 0; i < batch.count && batch.problem[i].n > batch.step * pivots; ++i) {
-      if (batch.problem[i].member == 0) add_products(batch, batch.problem[i], type, ys, updates);
-    }
-    go.factor(batch);
+  for (; batch.problem[0].n > batch.start(); ++batch.step) {
+    batch.part = 0;
     go.gather(batch);
-    go.products(ys);
+    for (; batch.part < batch.parts() && batch.problem[0].n > batch.part_start(); ++batch.part) {
+      std::vector<Gemm> ys, us;
+      each_order(batch.part_start(), [&](const BlockedProducts& products) {
+        ys.push_back(products.y());
+        us.push_back(products.u());
+      });
+      go.factor(batch);
+      go.products(ys);
+      go.products(us);
+    }
+    std::vector<Gemm> updates;
+    each_order(batch.start(), [&](const BlockedProducts& products) { products.updates(updates); });
     go.products(updates);
   }
   go.finish(matrices);

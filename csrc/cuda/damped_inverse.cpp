@@ -56,7 +56,7 @@ std::tuple<std::vector<Tensor>, Tensor> damped_inverse(std::vector<Tensor> facto
   const auto launch = [&] {
     if (batch.count > 0 && kind(batch.problem[0].n) == 2) {
       BlockedLaunches launches(damping, device.stream());
-      blocked_inverse(batch, kMostPivots, kUpdateTile, element_of(damping), launches);
+      blocked_inverse(batch, kUpdatePivots, kUpdateTile, element_of(damping), launches);
     } else {
       invert_batch(element_of(damping), batch, device.stream());
     }

@@ -20,8 +20,9 @@ __global__ void __launch_bounds__(kInverseThreads) load_kernel(const __grid_cons
 template <class T>
 __global__ void __launch_bounds__(kInverseThreads)
     pivots_kernel(const __grid_constant__ InverseBatch batch, int32_t step) {
-  DeviceBlock<NoState> block;
-  inverse_pivots<T>(block, sweep_memory, batch, blockIdx.x, step);
+  __shared__ FactorShared shared;
+  DeviceBlock<FactorState> block;
+  inverse_pivots<T>(block, shared, batch, blockIdx.x, step);
 }
 
 template <class T>
@@ -72,9 +73,7 @@ struct Launches {
     start("damped_inverse_small", small_kernel<T>, blocks, sweep_bytes(batch.problem[0].n));
   }
   void load(int32_t blocks) const { start("damped_inverse_load", load_kernel<T>, blocks, 0); }
-  void pivots(int32_t blocks, int32_t step) const {
-    start("damped_inverse_pivots", pivots_kernel<T>, blocks, sweep_bytes(kPivots), step);
-  }
+  void pivots(int32_t blocks, int32_t step) const { start("damped_inverse_pivots", pivots_kernel<T>, blocks, 0, step); }
   void panel(int32_t blocks, int32_t step) const { start("damped_inverse_panel", panel_kernel<T>, blocks, 0, step); }
   void update(int32_t blocks, int32_t step) const { start("damped_inverse_update", update_kernel<T>, blocks, 0, step); }
   void finish(int32_t blocks) const { start("damped_inverse_finish", finish_kernel<T>, blocks, 0); }

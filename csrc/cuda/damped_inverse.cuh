@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "cuda/damped_inverse.h"
+#include "cuda/factor.cuh"
 #include "cuda/tile.cuh"
 
 namespace kronfac::cuda {
@@ -160,22 +161,22 @@ KRONFAC_DEVICE void inverse_load(Block& block, const InverseBatch& batch, int32_
   });
 }
 
-// The pivots [step * kPivots, ...): work.inverse := D^-1, full.
+// The pivots [step * kPivots, ...): W.
 template <class T, class Block>
-KRONFAC_DEVICE void inverse_pivots(Block& block, double* memory, const InverseBatch& batch, int32_t number,
+KRONFAC_DEVICE void inverse_pivots(Block& block, FactorShared& shared, const InverseBatch& batch, int32_t number,
                                    int32_t step) {
+  static_assert(kPivots == kFactorOrder && kInverseThreads == kFactorThreads);
   const InverseProblem& p = batch.problem[number];
   if (batch.info[p.index] != 0) return;
   const int start = step * kPivots, n = p.n - start < kPivots ? p.n - start : kPivots;
   const T* x = static_cast<const T*>(p.x);
-  T* inverse = static_cast<T*>(p.work);
-  const int32_t info = sweep_small(
-      block, sweep_shared(memory, n), n,
+  T* w = static_cast<T*>(p.work);
+  const int32_t info = factor(
+      block, shared, n,
       [&](int i, int j) { return static_cast<double>(x[static_cast<int64_t>(start + i) * p.n + start + j]); },
       [&](int i, int j, double value) {
         const T rounded = static_cast<T>(value);
-        inverse[i * kPivots + j] = rounded;
-        inverse[j * kPivots + i] = rounded;
+        w[i * kPivots + j] = rounded;
         return finite(rounded);
       });
   block.each([&](int thread, typename Block::State&) {
@@ -183,17 +184,13 @@ KRONFAC_DEVICE void inverse_pivots(Block& block, double* memory, const InverseBa
   });
 }
 
-// Where U and Y of a matrix lie: (n, kPivots) each.
-template <class T>
-KRONFAC_DEVICE T* inverse_u(const InverseProblem& p) {
-  return static_cast<T*>(p.work) + kPivots * kPivots;
-}
+// Where Y of a matrix lies: (n, kPivots).
 template <class T>
 KRONFAC_DEVICE T* inverse_y(const InverseProblem& p) {
-  return inverse_u<T>(p) + static_cast<int64_t>(p.n) * kPivots;
+  return static_cast<T*>(p.work) + kPivots * kPivots;
 }
 
-// kPivots rows of U and Y := U D^-1.
+// kPivots rows of Y := -U W^T; W^T in the rows of the pivots.
 template <class T, class Block>
 KRONFAC_DEVICE void inverse_panel(Block& block, typename InverseTile<T>::Shared& shared, const InverseBatch& batch,
                                   int32_t number, int32_t step) {
@@ -201,44 +198,47 @@ KRONFAC_DEVICE void inverse_panel(Block& block, typename InverseTile<T>::Shared&
   using State = typename Block::State;
   const InverseTask task = inverse_task(batch, number);
   const InverseProblem& p = task.problem;
-  if (batch.info[p.index] != 0 || task.number == step) return;
+  if (batch.info[p.index] != 0) return;
   const int64_t n = p.n, start = step * kPivots, width = n - start < kPivots ? n - start : kPivots;
   const int64_t row0 = task.number * int64_t{kPivots};
+  const T* w = static_cast<const T*>(p.work);
+  T* y = inverse_y<T>(p);
+  if (task.number == step) {
+    block.each([&](int thread, State&) {
+      for (int at = thread; at < kPivots * kPivots; at += kInverseThreads) {
+        const int64_t i = at / kPivots, k = at % kPivots;
+        if (i < width && k < width) y[(row0 + i) * kPivots + k] = w[k * kPivots + i];
+      }
+    });
+    return;
+  }
   // Rows below the pivots lie in the lower triangle as they are, those above as columns.
   const T* x = static_cast<const T*>(p.x);
   const Operand<T> u =
       task.number > step ? Operand<T>{x + start, 1, n, n, false} : Operand<T>{x + start * n, n, 1, n, false};
-  const Operand<T> inverse{static_cast<const T*>(p.work), kPivots, 1, width, false};
-  block.each([&](int thread, State& state) {
-    Tile::clear(state.tile);
-    T* copy = inverse_u<T>(p);
-    for (int at = thread; at < kPivots * kPivots; at += kInverseThreads) {
-      const int64_t i = row0 + at / kPivots, k = at % kPivots;
-      if (i < n && k < width) copy[i * kPivots + k] = u.template at<T>(k, i);
-    }
-  });
+  const Operand<T> factor{w, 1, kPivots, width, false};
+  block.each([&](int, State& state) { Tile::clear(state.tile); });
   int64_t k = 0;
   Tile::run(
-      block, shared, u.along_k(), false, (width + Tile::kDepth - 1) / Tile::kDepth,
+      block, shared, u.along_k(), factor.along_k(), (width + Tile::kDepth - 1) / Tile::kDepth,
       [&](int thread, typename Tile::State& state) {
         Tile::template load<kPivots>(thread, u, k, width, row0, state.a);
-        Tile::template load<kPivots>(thread, inverse, k, width, 0, state.b);
+        Tile::template load<kPivots>(thread, factor, k, width, 0, state.b);
       },
       [&] { k += Tile::kDepth; }, [](State&) {});
   block.each([&](int thread, State& state) {
-    T* y = inverse_y<T>(p);
     KRONFAC_UNROLL
     for (int r = 0; r < Tile::kThreadRows; ++r) {
       KRONFAC_UNROLL
       for (int c = 0; c < Tile::kThreadColumns; ++c) {
         const int64_t i = row0 + Tile::row(thread, r), column = Tile::column(thread, c);
-        if (i < n && column < width) y[i * kPivots + column] = state.tile.sum[r][c];
+        if (i < n && column < width) y[i * kPivots + column] = -state.tile.sum[r][c];
       }
     }
   });
 }
 
-// One tile of the lower triangle: the rule of damped_inverse.h.
+// One tile of the lower triangle: A - Y Y^T, and -Y Y^T in the rows and columns of the pivots.
 template <class T, class Block>
 KRONFAC_DEVICE void inverse_update(Block& block, typename InverseTile<T>::Shared& shared, const InverseBatch& batch,
                                    int32_t number, int32_t step) {
@@ -250,32 +250,16 @@ KRONFAC_DEVICE void inverse_update(Block& block, typename InverseTile<T>::Shared
   const LowerTile tile = lower_tile(task.number);
   const int64_t n = p.n, start = step * kPivots, width = n - start < kPivots ? n - start : kPivots;
   const int64_t row0 = tile.row * int64_t{kPivots}, column0 = tile.column * int64_t{kPivots};
+  const bool anew = tile.row == step || tile.column == step;
   T* x = static_cast<T*>(p.x);
-  const T* inverse = static_cast<const T*>(p.work);
-  const T* y = inverse_y<T>(p);
-  if (tile.row == step || tile.column == step) {
-    block.each([&](int thread, State&) {
-      for (int at = thread; at < kPivots * kPivots; at += kInverseThreads) {
-        const int r = at / kPivots, c = at % kPivots;
-        const int64_t i = row0 + r, j = column0 + c;
-        if (i >= n || j > i) continue;
-        if (tile.row == tile.column) {
-          x[i * n + j] = -inverse[r * kPivots + c];
-        } else {
-          x[i * n + j] = tile.column == step ? y[i * kPivots + c] : y[j * kPivots + r];
-        }
-      }
-    });
-    return;
-  }
-  const Operand<T> a{y, 1, kPivots, n, false}, b{inverse_u<T>(p), 1, kPivots, n, false};
+  const Operand<T> y{inverse_y<T>(p), 1, kPivots, n, false};
   block.each([&](int, State& state) { Tile::clear(state.tile); });
   int64_t k = 0;
   Tile::run(
       block, shared, true, true, (width + Tile::kDepth - 1) / Tile::kDepth,
       [&](int thread, typename Tile::State& state) {
-        Tile::template load<kPivots>(thread, a, k, width, row0, state.a);
-        Tile::template load<kPivots>(thread, b, k, width, column0, state.b);
+        Tile::template load<kPivots>(thread, y, k, width, row0, state.a);
+        Tile::template load<kPivots>(thread, y, k, width, column0, state.b);
       },
       [&] { k += Tile::kDepth; }, [](State&) {});
   block.each([&](int thread, State& state) {
@@ -284,7 +268,7 @@ KRONFAC_DEVICE void inverse_update(Block& block, typename InverseTile<T>::Shared
       KRONFAC_UNROLL
       for (int c = 0; c < Tile::kThreadColumns; ++c) {
         const int64_t i = row0 + Tile::row(thread, r), j = column0 + Tile::column(thread, c);
-        if (i < n && j <= i) x[i * n + j] -= state.tile.sum[r][c];
+        if (i < n && j <= i) x[i * n + j] = (anew ? T(0) : x[i * n + j]) - state.tile.sum[r][c];
       }
     }
   });

@@ -3,9 +3,10 @@
 // A sweep over pivots turns a symmetric positive matrix A into -A^-1 in place: with d = a_kk,
 //   a_kk := -1 / d,  a_ik := a_ik / d,  a_ij := a_ij - a_ik a_jk / d.
 // Small matrices are swept in the shared memory of one block of threads, in double. Larger ones are swept by blocks of
-// kPivots pivots: invert the diagonal block D (as a small matrix), Y := U D^-1 for the columns U below and beside it,
-// then A := A - Y U^T on the lower triangle; each is one launch for all matrices that have that many blocks. The
-// largest go through cuBLAS: blocked_inverse.h.
+// kPivots pivots: with U the columns of A beside them and W the inverse of the Cholesky factor of the diagonal block
+// (factor.cuh), Y := -U W^T and W^T in the rows of the pivots, their rows and columns of A := 0, then A := A - Y Y^T on
+// the lower triangle; each is one launch for all matrices that have that many blocks. The largest go through cuBLAS:
+// blocked_inverse.h.
 //
 // The list travels as an argument of the kernels, in batches of kMostMatrices: no copy to the device, and a launch can
 // be captured in a CUDA graph.
@@ -30,8 +31,8 @@ struct InverseProblem {
   int32_t n, index;  // index: its place in damping and info
 };
 
-// Numbers of workspace of a matrix: D^-1, U, Y.
-inline int64_t inverse_work(int64_t n) { return n <= kSmallOrder ? 0 : kPivots * (kPivots + 2 * n); }
+// Numbers of workspace of a matrix: W, Y.
+inline int64_t inverse_work(int64_t n) { return n <= kSmallOrder ? 0 : kPivots * (kPivots + n); }
 
 struct InverseBatch {
   InverseProblem problem[kMostMatrices];  // by descending order n, all above kSmallOrder or none

@@ -31,7 +31,7 @@ def _load(name: str, *, required: bool) -> None:
             FAILED[name] = str(error)
             warnings.warn(
                 f"kronfac: no operators for CUDA tensors: {spec.origin} does not load into torch {torch.__version__}: "
-                f"{error}. Rebuild kronfac with the CUDA release torch was built with ({torch.version.cuda})",
+                f"{error}. It needs torch 2.11 or later; upgrade torch or rebuild kronfac against the one installed",
                 stacklevel=2,
             )
             return

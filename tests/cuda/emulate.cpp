@@ -71,8 +71,9 @@ struct EmulatedLaunches {
     each(blocks, [&](int32_t i) { inverse_load<T>(fresh(plain), batch, i); });
   }
   void pivots(int32_t blocks, int32_t step) const {
-    Memory shared_memory(sweep_bytes(kPivots));
-    each(blocks, [&](int32_t i) { inverse_pivots<T>(fresh(plain), shared_memory.fresh<double>(), batch, i, step); });
+    HostBlock<FactorState, kFactorThreads> factoring;
+    FactorShared line;
+    each(blocks, [&](int32_t i) { inverse_pivots<T>(fresh(factoring), fresh(line), batch, i, step); });
   }
   void panel(int32_t blocks, int32_t step) const {
     each(blocks, [&](int32_t i) { inverse_panel<T>(fresh(tiled), fresh(shared), batch, i, step); });

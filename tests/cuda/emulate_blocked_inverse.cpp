@@ -19,7 +19,7 @@ template <class T>
 struct EmulatedLaunches {
   std::deque<std::vector<unsigned char>> all{};
   HostBlock<NoState, kInverseThreads> plain{};
-  std::unique_ptr<HostBlock<FactorState, kInverseThreads>> factoring{new HostBlock<FactorState, kInverseThreads>};
+  std::unique_ptr<HostBlock<FactorState, kFactorThreads>> factoring{new HostBlock<FactorState, kFactorThreads>};
   FactorShared shared{};
   int64_t calls = 0;
 
@@ -36,33 +36,36 @@ struct EmulatedLaunches {
     each(batch.layout(0, InverseBatch::tiles), [&](int32_t i) { inverse_poison<T>(plain, batch, i); });
   }
   void factor(BlockedBatch& batch) {
-    each(batch.layout([](int32_t) { return int32_t{1}; }),
+    each(batch.layout(batch.part_start(), [](int32_t) { return int32_t{1}; }),
          [&](int32_t i) { factor_block<T>(*factoring, shared, batch, i); });
   }
   void gather(BlockedBatch& batch) {
-    each(batch.layout([&](int32_t n) { return batch.gathers(n); }),
+    each(batch.layout(batch.start(), [&](int32_t n) { return batch.gathers(n); }),
          [&](int32_t i) { gather_block<T>(plain, batch, i); });
   }
   void addresses(BlockedBatch& batch) {
-    each(batch.layout([](int32_t) { return int32_t{1}; }), [&](int32_t i) { addresses_of<T>(plain, batch, i); });
+    each(batch.layout(0, [](int32_t) { return int32_t{1}; }), [&](int32_t i) { addresses_of<T>(plain, batch, i); });
   }
   void products(const std::vector<Gemm>& gemms) {
-    calls += static_cast<int64_t>(gemms.size());
-    for (const Gemm& g : gemms) execute(g);
+    for (const Gemm& g : gemms) {
+      if (g.m == 0) continue;
+      ++calls;
+      execute(g);
+    }
   }
 };
 
 template <class T>
-int64_t invert(InverseBatch& batch, int32_t pivots, int32_t tile, Element type) {
+int64_t invert(InverseBatch& batch, int32_t block, int32_t tile, Element type) {
   EmulatedLaunches<T> launches;
-  blocked_inverse(batch, pivots, tile, type, launches);
+  blocked_inverse(batch, block, tile, type, launches);
   return launches.calls;
 }
 
 }  // namespace
 
 // One batch, orders n[i] descending; strides: 2 of each f. Returns the number of products' calls.
-extern "C" int64_t emulate_blocked_inverse(int type, int32_t pivots, int32_t tile, int32_t count, const void* const* f,
+extern "C" int64_t emulate_blocked_inverse(int type, int32_t block, int32_t tile, int32_t count, const void* const* f,
                                            const int64_t* strides, const int64_t* n, void* const* x,
                                            const void* damping, int64_t damping_stride, int32_t* info) {
   InverseBatch batch{};
@@ -71,6 +74,6 @@ extern "C" int64_t emulate_blocked_inverse(int type, int32_t pivots, int32_t til
     batch.problem[batch.count++] = {f[i], strides[2 * i], strides[2 * i + 1], x[i], nullptr, int32_t(n[i]), i};
   }
   const Element element = static_cast<Element>(type);
-  return element == Element::f64 ? invert<double>(batch, pivots, tile, element)
-                                 : invert<float>(batch, pivots, tile, element);
+  return element == Element::f64 ? invert<double>(batch, block, tile, element)
+                                 : invert<float>(batch, block, tile, element);
 }
