@@ -6,8 +6,8 @@
 
 namespace kronfac::cuda {
 
-// Sums of a thread and their totals are at most 32 + 32 registers in float32, so that three blocks of 128 threads fit on
-// a multiprocessor.
+// Sums of a thread and their totals are at most 32 + 32 registers in float32, so that three blocks of 128 threads fit
+// on a multiprocessor.
 template <class T, int kSide>
 struct ConvTile {
   using Tile = cuda::Tile<T, kSide, kSide, 8, kSide == 64 && sizeof(T) == 4 ? 8 : 4, 4>;

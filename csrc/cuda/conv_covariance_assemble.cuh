@@ -16,7 +16,8 @@ KRONFAC_DEVICE void conv_reduce(const ConvCovariance& p, int64_t index) {
   if (box.parts == 1 || (i == p.rows ? !(p.bias && box.symmetric) : box.symmetric && j > i)) return;
   T* sums = conv_sums<T>(p, group, box, 0) + entry;
   T sum = 0;
-  for (int64_t part = 0; part < box.parts; ++part) sum += sums[part * unit];
+  KRONFAC_UNROLL_BY(8)
+  for (int32_t part = 0; part < box.parts; ++part) sum += sums[part * unit];
   *sums = sum;
 }
 
@@ -91,7 +92,9 @@ KRONFAC_DEVICE void conv_assemble(Block& block, ConvAssembleShared<T>& shared, c
     const int32_t count = offset0 + kConvOffsets < offsets ? kConvOffsets : offsets - offset0;
     block.each([&](int thread, State&) {
       const int32_t right = offset0 + thread;
-      if (thread < count) shared.boxes[thread] = right < left ? conv_pair(p, right, left) : conv_pair(p, left, right);
+      if (thread < count) {
+        shared.boxes[thread] = conv_pair(p, right < left ? right : left, right < left ? left : right);
+      }
     });
     block.each([&](int thread, State&) {
       for (int32_t o = 0; o < count; ++o) {
@@ -110,7 +113,9 @@ KRONFAC_DEVICE void conv_assemble(Block& block, ConvAssembleShared<T>& shared, c
       const int32_t c = thread / count;
       const int64_t j = column0 + c;
       if (c >= kSide || j >= p.rows) return;
-      for (int r = 0; r < kSide && row0 + r < p.rows; ++r) {
+      const int height = static_cast<int>(p.rows - row0 < kSide ? p.rows - row0 : kSide);
+      KRONFAC_UNROLL_BY(1)
+      for (int r = 0; r < height; ++r) {
         conv_write<T>(p, group, (row0 + r) * offsets + left, j * offsets + offset0 + (thread - c * count),
                       shared.value[r][thread]);
       }

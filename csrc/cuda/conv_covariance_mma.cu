@@ -7,20 +7,20 @@ extern __shared__ float4 conv_memory[];
 
 // Four blocks of small tiles on a multiprocessor (160 KiB of shared memory; three in TF32, whose fragments take more
 // registers), two of large ones (148 KiB).
-template <class In, int kSide>
+template <class In, int kSide, bool kAligned>
 __global__ void __launch_bounds__(MmaTile<In, kSide>::kThreads, kSide == 128      ? 2
                                                                 : sizeof(In) == 2 ? 4
                                                                                   : 3)
     mma_product_kernel(const __grid_constant__ ConvCovariance p) {
   DeviceBlock<ConvMmaState<In, kSide>> block;
-  conv_mma_product<In, kSide>(block, *reinterpret_cast<ConvMmaShared<In, kSide>*>(conv_memory), p,
-                              static_cast<int32_t>(blockIdx.x));
+  conv_mma_product<In, kSide, kAligned>(block, *reinterpret_cast<ConvMmaShared<In, kSide>*>(conv_memory), p,
+                                        static_cast<int32_t>(blockIdx.x));
 }
 
 template <class In, int kSide>
 void launch(const ConvCovariance& p, Stream stream) {
   constexpr int kShared = sizeof(ConvMmaShared<In, kSide>);
-  const auto kernel = mma_product_kernel<In, kSide>;
+  const auto kernel = p.aligned ? mma_product_kernel<In, kSide, true> : mma_product_kernel<In, kSide, false>;
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
   kernel<<<static_cast<unsigned>(p.groups * p.blocks), MmaTile<In, kSide>::kThreads, kShared, stream>>>(p);
   check_launch("conv_covariance_mma");

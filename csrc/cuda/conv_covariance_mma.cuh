@@ -24,7 +24,8 @@ struct ConvMmaShared {
   int64_t feature[2][kSide];  // of rows and columns: where they lie from position 0 of the group, -1: nowhere
 };
 
-template <class In, int kSide, class Block>
+// kAligned: features lie side by side at multiples of 16 bytes.
+template <class In, int kSide, bool kAligned, class Block>
 KRONFAC_DEVICE void conv_mma_product(Block& block, ConvMmaShared<In, kSide>& shared, const ConvCovariance& p,
                                      int32_t number) {
   using State = ConvMmaState<In, kSide>;
@@ -40,7 +41,7 @@ KRONFAC_DEVICE void conv_mma_product(Block& block, ConvMmaShared<In, kSide>& sha
   const int steps = (place.length + Tile::kDepth - 1) / Tile::kDepth;
   const In* map = static_cast<const In*>(p.map) + place.group * p.group;
 
-  // Runs of kRun features, where those of a position lie side by side at multiples of 16 bytes.
+  // Runs of kRun features.
   const auto copy = [&](int thread, int operand, int step, Entries& target) {
     const int column = thread % kAcross * Tile::kRun;
     const int64_t feature = shared.feature[operand][column],
@@ -73,7 +74,7 @@ KRONFAC_DEVICE void conv_mma_product(Block& block, ConvMmaShared<In, kSide>& sha
     // The next run's positions, in place of the last one's: all of those have been used before the latest barrier, and
     // none of these is before the next one.
     if (step % kRunSteps == kAhead) shared.ring.find(p, place, thread, step / kRunSteps + 1);
-    if (p.aligned) {
+    if constexpr (kAligned) {
       copy(thread, 0, step, stage.a);
       if (!same) copy(thread, 1, step, stage.b);
     } else {

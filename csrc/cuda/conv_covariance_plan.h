@@ -76,12 +76,13 @@ inline int64_t conv_box_positions(const ConvBox& box, int64_t images) {
   return images * box.extent[0] * box.extent[1] * box.extent[2];
 }
 
-// Cuts the sums of all boxes into parts of about equal length: enough blocks of threads for three rounds of four (large
-// tiles of tensor cores: two) on each multiprocessor of a large GPU. Large tiles also keep no totals.
+// Cuts the sums of all boxes into parts of about equal length: enough blocks of threads for three rounds of three on
+// each multiprocessor of a large GPU; on tensor cores, where writing and adding the parts counts, for two rounds of
+// four, or of two with large tiles. Large tiles also keep no totals.
 inline void plan_conv_parts(ConvPlan& plan) {
   constexpr int64_t kDepth = 32, kLeast = 256;
   ConvCovariance& p = plan.product;
-  const int64_t wanted = p.side == 128 ? 792 : 1584, most = p.side == 128 ? 4096 : int64_t{1} << 30;
+  const int64_t wanted = p.side == 128 ? 528 : p.tensor ? 1056 : 1188, most = p.side == 128 ? 4096 : int64_t{1} << 30;
   const int64_t across = (p.rows + p.side - 1) / p.side;
   int64_t work = 0;
   for (ConvBox& box : plan.box) {

@@ -36,8 +36,11 @@ template <class In, int kSide>
 void mma_products(const ConvCovariance& p) {
   const auto shared = std::make_unique<ConvMmaShared<In, kSide>>();
   const auto block = std::make_unique<HostBlock<ConvMmaState<In, kSide>, MmaTile<In, kSide>::kThreads>>();
-  each(p.groups * p.blocks,
-       [&](int64_t i) { conv_mma_product<In, kSide>(*block, *shared, p, static_cast<int32_t>(i)); });
+  each(p.groups * p.blocks, [&](int64_t i) {
+    const int32_t number = static_cast<int32_t>(i);
+    p.aligned ? conv_mma_product<In, kSide, true>(*block, *shared, p, number)
+              : conv_mma_product<In, kSide, false>(*block, *shared, p, number);
+  });
 }
 
 template <class In, class T>
