@@ -4,13 +4,13 @@
 namespace kronfac::cuda {
 namespace {
 
-// Twelve warps on a multiprocessor: with sixteen a few registers would spill.
-template <class T, int kSide>
+// Twelve warps on a multiprocessor, in float64 eight: with sixteen a few registers would spill.
+template <class T, int kSide, bool kAligned>
 __global__ void __launch_bounds__(ConvTile<T, kSide>::Tile::kThreads, 384 / ConvTile<T, kSide>::Tile::kThreads)
     product_kernel(const __grid_constant__ ConvCovariance p) {
   __shared__ ConvShared<T, kSide> shared;
   DeviceBlock<ConvState<T, kSide>> block;
-  conv_product<T, kSide>(block, shared, p, static_cast<int32_t>(blockIdx.x));
+  conv_product<T, kSide, kAligned>(block, shared, p, static_cast<int32_t>(blockIdx.x));
 }
 
 template <class T>
@@ -48,12 +48,16 @@ __global__ void __launch_bounds__(kConvThreads) pad_kernel(const __grid_constant
 
 unsigned grid(int64_t blocks) { return static_cast<unsigned>(blocks); }
 
+template <class T, int kSide>
+void launch_products(const ConvCovariance& p, Stream stream) {
+  const auto kernel = p.aligned ? product_kernel<T, kSide, true> : product_kernel<T, kSide, false>;
+  kernel<<<grid(p.groups * p.blocks), ConvTile<T, kSide>::Tile::kThreads, 0, stream>>>(p);
+  check_launch("conv_covariance");
+}
+
 template <class T>
 void launch_products(const ConvCovariance& p, Stream stream) {
-  const auto kernel = p.side == 32 ? product_kernel<T, 32> : product_kernel<T, 64>;
-  const int threads = p.side == 32 ? ConvTile<T, 32>::Tile::kThreads : ConvTile<T, 64>::Tile::kThreads;
-  kernel<<<grid(p.groups * p.blocks), threads, 0, stream>>>(p);
-  check_launch("conv_covariance");
+  p.side == 32 ? launch_products<T, 32>(p, stream) : launch_products<T, 64>(p, stream);
 }
 
 template <class T>

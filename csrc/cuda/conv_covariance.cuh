@@ -100,29 +100,53 @@ struct ConvShared {
   ConvRing<Tile::kThreads> ring;
 };
 
-// Products on the units of float32 and float64.
-template <class T, int kSide, class Block>
+// Products on the units of float32 and float64. kAligned: features lie side by side at multiples of 16 bytes, and what
+// lies beyond the last one up to such a multiple may be read.
+template <class T, int kSide, bool kAligned, class Block>
 KRONFAC_DEVICE void conv_product(Block& block, ConvShared<T, kSide>& shared, const ConvCovariance& p, int32_t number) {
   using Tile = typename ConvTile<T, kSide>::Tile;
   using State = ConvState<T, kSide>;
+  using Run = typename Tile::Run;
   constexpr int kSteps = Tile::kThreads / Tile::kDepth;  // of one run of positions
   constexpr int kFlush = 32;                             // steps whose sums are kept apart: bounds rounding errors
-  static_assert(Tile::kThreads % kSide == 0 && kSteps > 1);
+  constexpr int kRun = kAligned ? Tile::kRun : 1, kRowRuns = kSide / kRun;  // features that are loaded at once
+  static_assert(Tile::kThreads % kRowRuns == 0 && Tile::kRowLoads % kRun == 0 && kSteps > 1);
+  static_assert(Tile::kThreads >= kSide);
   const ConvPlace place = conv_place(p, number, kSide);
   const int steps = (place.length + Tile::kDepth - 1) / Tile::kDepth;
 
   const auto load = [&](int thread, State& state, int step) {
     KRONFAC_UNROLL
-    for (int n = 0; n < Tile::kRowLoads; ++n) {
-      const int k = step * Tile::kDepth + (n * Tile::kThreads + thread) / kSide;
+    for (int n = 0; n < Tile::kRowLoads; n += kRun) {
+      const int k = step * Tile::kDepth + (n / kRun * Tile::kThreads + thread) / kRowRuns;
       const int64_t position = shared.ring.at(k);
-      state.tile.a[n] = k < place.length && state.left ? state.left[position] : T(0);
-      state.tile.b[n] = k < place.length && state.right ? state.right[position] : T(0);
+      const bool left = k < place.length && state.left, right = k < place.length && state.right;
+      if constexpr (kAligned) {
+        const Run none{}, a = left ? *reinterpret_cast<const Run*>(state.left + position) : none,
+                          b = right ? *reinterpret_cast<const Run*>(state.right + position) : none;
+        KRONFAC_UNROLL
+        for (int e = 0; e < kRun; ++e) state.tile.a[n + e] = a.value[e], state.tile.b[n + e] = b.value[e];
+      } else {
+        state.tile.a[n] = left ? state.left[position] : T(0);
+        state.tile.b[n] = right ? state.right[position] : T(0);
+      }
     }
   };
   const auto store = [&](int thread, const State& state, int half) {
-    Tile::template store<kSide>(thread, false, state.tile.a, shared.tile.a[half]);
-    Tile::template store<kSide>(thread, false, state.tile.b, shared.tile.b[half]);
+    if constexpr (kAligned) {
+      KRONFAC_UNROLL
+      for (int n = 0; n < Tile::kRowLoads; n += kRun) {
+        const int at = n / kRun * Tile::kThreads + thread, k = at / kRowRuns, i = at % kRowRuns * kRun;
+        Run a, b;
+        KRONFAC_UNROLL
+        for (int e = 0; e < kRun; ++e) a.value[e] = state.tile.a[n + e], b.value[e] = state.tile.b[n + e];
+        *reinterpret_cast<Run*>(&shared.tile.a[half][k][i]) = a;
+        *reinterpret_cast<Run*>(&shared.tile.b[half][k][i]) = b;
+      }
+    } else {
+      Tile::template store<kSide>(thread, false, state.tile.a, shared.tile.a[half]);
+      Tile::template store<kSide>(thread, false, state.tile.b, shared.tile.b[half]);
+    }
   };
   const auto flush = [](State& state) {
     KRONFAC_UNROLL
@@ -143,7 +167,7 @@ KRONFAC_DEVICE void conv_product(Block& block, ConvShared<T, kSide>& shared, con
       for (int c = 0; c < Tile::kThreadColumns; ++c) state.total[r][c] = T(0);
     }
     state.feature_sum = state.feature_total = T(0);
-    const int64_t i = place.row0 + thread % kSide, j = place.column0 + thread % kSide;
+    const int64_t i = place.row0 + thread % kRowRuns * kRun, j = place.column0 + thread % kRowRuns * kRun;
     const T* map = static_cast<const T*>(p.map) + place.group * p.group;
     state.left = i < p.rows ? map + place.box->left + conv_feature(p, i) : nullptr;
     state.right = j < p.rows ? map + place.box->right + conv_feature(p, j) : nullptr;

@@ -156,12 +156,12 @@ inline ConvPlan start_conv_plan(const ConvShape& shape, const ConvInput& x, Conv
     }
     p.rows = shape.features();
   } else {
-    // Tensor cores are fed by copies of 16 bytes.
-    const int64_t bytes = conv_element_bytes(x.type), run = x.tensor ? 16 / bytes : 1;
-    bool aligned = reinterpret_cast<uintptr_t>(x.data) % static_cast<uintptr_t>(run * bytes) == 0;
-    aligned = aligned && (shape.images == 1 || x.image % run == 0);
+    // Products load 16 bytes at once, beyond the last feature too.
+    const int64_t run = 16 / conv_element_bytes(x.type);
+    bool aligned = reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && layout.channels % run == 0 &&
+                   (shape.images == 1 || x.image % run == 0);
     for (size_t axis = 0; axis < 3; ++axis) aligned = aligned && (shape.size[axis] == 1 || stride[axis] % run == 0);
-    plan.copied = (x.channel != 1 && layout.channels > 1) || !aligned;
+    plan.copied = x.channel != 1 || !aligned;
     if (plan.copied) {
       p.channel = 1;
       layout.row = (layout.channels + run - 1) / run * run;
@@ -169,7 +169,7 @@ inline ConvPlan start_conv_plan(const ConvShape& shape, const ConvInput& x, Conv
       p.image = layout.size[0] * stride[0];
     }
     p.rows = shape.channels;
-    p.aligned = x.tensor && (shape.groups == 1 || shape.channels % run == 0);
+    p.aligned = shape.groups == 1 || shape.channels % run == 0;
   }
   p.group = shape.channels * p.channel;
   p.tensor = x.tensor;

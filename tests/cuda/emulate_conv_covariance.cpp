@@ -29,7 +29,11 @@ template <class T, int kSide>
 void products(const ConvCovariance& p) {
   const auto shared = std::make_unique<ConvShared<T, kSide>>();
   const auto block = std::make_unique<HostBlock<ConvState<T, kSide>, ConvTile<T, kSide>::Tile::kThreads>>();
-  each(p.groups * p.blocks, [&](int64_t i) { conv_product<T, kSide>(*block, *shared, p, static_cast<int32_t>(i)); });
+  each(p.groups * p.blocks, [&](int64_t i) {
+    const int32_t number = static_cast<int32_t>(i);
+    p.aligned ? conv_product<T, kSide, true>(*block, *shared, p, number)
+              : conv_product<T, kSide, false>(*block, *shared, p, number);
+  });
 }
 
 template <class In, int kSide>

@@ -110,11 +110,12 @@ PLANS = [
 ]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("shape", "kernel", "stride", "padding", "groups", "form"), PLANS)
 def test_operations_decide(
-    shape: tuple[int, ...], kernel: list[int], stride: int, padding: int, groups: int, form: str
+    shape: tuple[int, ...], kernel: list[int], stride: int, padding: int, groups: int, form: str, dtype: torch.dtype
 ) -> None:
-    x = torch.empty(shape, device="meta")
+    x = torch.empty(shape, dtype=dtype, device="meta")
     assert emulation.plan(x, kernel, [stride] * 2, [padding] * 2, [1, 1], groups).form == form
 
 
