@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from kronfac.optim import KFAC
+from kronfac.optim import KFAC, reading
 from tests.optim.models import mlp
 from tests.processes import run_ranks
 
@@ -87,7 +88,38 @@ def worker(rank: int, folder: Path) -> None:
     results["covered"] = set(other.factors())
     results["seed"] = other.state_dict()["kronfac"]["generator"]["seed"]
 
+    results["waiting"] = without_waiting(rank, at_hand=True)
+    results["not waiting"] = without_waiting(rank, at_hand=False)
+
     torch.save(results, folder / f"rank{rank}.pt")
+
+
+def without_waiting(rank: int, at_hand: bool) -> list[Any]:
+    """A run the accelerator's way or the CPU's; one rank has a gradient that is not finite at step 6."""
+    torch.manual_seed(0)
+    model = mlp(4, 5, 3, dtype=torch.float64)
+    exchanged = []
+    reduce = distributed.all_reduce
+
+    def counting(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        exchanged[-1] += 1
+        return reduce(tensor, *args, **kwargs)
+
+    with (
+        mock.patch.object(reading, "at_hand", return_value=at_hand),
+        mock.patch.object(distributed, "all_reduce", counting),
+    ):
+        optimizer = KFAC(model, 0.1, fisher="exact", damping=0.01, factor_every=2, inverse_every=4)
+        for step in range(12):
+            x, y = batch(step)
+            optimizer.zero_grad()
+            functional.cross_entropy(model(x), y).backward()
+            if rank == 1 and step == 6:
+                model[0].weight.grad.fill_(float("nan"))  # type: ignore[index, union-attr]
+            exchanged.append(0)
+            optimizer.step()
+    counts = optimizer.steps, optimizer.skipped_steps
+    return [exchanged, counts, [p.detach() for p in model.parameters()]]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -113,3 +145,11 @@ def test_two_ranks_are_one_large_batch_and_never_diverge(tmp_path: Path) -> None
     for a, b in zip(one["branching"], two["branching"], strict=True):
         assert torch.equal(a, b)
     assert (one["seed"], two["seed"]) == (0, 1)
+
+    for way in ("waiting", "not waiting"):
+        (exchanged, counts, weights), (others, other_counts, other_weights) = one[way], two[way]
+        assert exchanged == others
+        assert counts == other_counts == (11, 1)
+        assert all(torch.equal(a, b) for a, b in zip(weights, other_weights, strict=True))
+    # A plain step, without statistics, exchanges the verdict and nothing else.
+    assert [exchanged[step] for step in (1, 3, 5, 7)] == [1] * 4

@@ -13,11 +13,10 @@ from torch.nn import functional
 
 from kronfac.optim import KFAC, reading, state_check
 from tests.optim.available import IDS, STRUCTURES
-from tests.optim.models import convnet, images, mlp, train_step, tree_map, vectors
+from tests.optim.models import convnet, images, train_step, tree_map
 from tests.optim.test_structures import Everything, tokens
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Tensor, Tensor]]]] = {
-    "mlp": (lambda: mlp(4, 8, 6, 3), lambda: vectors(12, 4, 3)),
     "convnet": (convnet, lambda: images(12)),
     "tokens": (Everything, lambda: tokens(12)),
 }
@@ -55,7 +54,7 @@ def test_a_step_between_factorisations_reads_nothing_and_stays_on_the_device(
     make, draw = NETWORKS[network]
     options: dict[str, Any] = {
         "structure": structure, "solve": solve, "inverse_every": 100, "norm_constraint": 0.1, "averaging": 0.9,
-        "weight_decay": 0.01, "decoupled": network == "mlp", "fisher": "exact",
+        "weight_decay": 0.01, "decoupled": network == "convnet", "fisher": "exact",
     }  # fmt: skip
     model = make()
     optimizer = KFAC(model, 0.1, seed=0, **options)

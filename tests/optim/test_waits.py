@@ -24,7 +24,7 @@ from kronfac.optim import KFAC, reading
 from kronfac.optim.structures.base import per_layer
 from kronfac.optim.update import apply_update
 from tests.optim.available import IDS, STRUCTURES
-from tests.optim.models import convnet, equal, images, mlp, same_tree, snapshot, train_step, vectors
+from tests.optim.models import equal, mlp, same_tree, snapshot, train_step, vectors
 from tests.optim.test_structures import Everything, through_a_file, tokens
 
 
@@ -102,31 +102,23 @@ def test_what_waits_is_noticed() -> None:
             wait()
 
 
-NETWORKS: dict[str, tuple[Callable[..., nn.Module], Callable[..., tuple[Tensor, Tensor]]]] = {
-    "mlp": (lambda: mlp(4, 8, 6, 3), lambda: vectors(12, 4, 3)),
-    "convnet": (convnet, lambda: images(12)),
-    "tokens": (Everything, lambda: tokens(12)),
-}
-
-
 def backward(model: nn.Module, optimizer: KFAC, x: Tensor, y: Tensor) -> None:
     optimizer.zero_grad()
     functional.cross_entropy(model(x), y).backward()
 
 
 @pytest.mark.usefixtures("out_of_reach")
-@pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize(("structure", "solve"), STRUCTURES, ids=IDS)
-def test_a_step_without_factorisation_waits_for_nothing(structure: str, solve: str, network: str) -> None:
-    make, draw = NETWORKS[network]
-    model = make()
+def test_a_step_without_factorisation_waits_for_nothing(structure: str, solve: str) -> None:
+    """Other networks in tests/optim/test_meta_device.py."""
+    model = Everything()
     options: dict[str, Any] = {"norm_constraint": 0.1, "averaging": 0.9, "weight_decay": 0.01}
     optimizer = KFAC(model, 0.05, structure=structure, solve=solve, inverse_every=100, seed=0, **options)
     for _ in range(2):
-        train_step(model, optimizer, *draw())
+        train_step(model, optimizer, *tokens(12))
     before = snapshot(model)
     for _ in range(3):
-        x, y = draw()
+        x, y = tokens(12)
         with no_waits():
             backward(model, optimizer, x, y)
             optimizer.step()

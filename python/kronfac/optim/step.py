@@ -110,11 +110,14 @@ def advance(
     own = propose(structure, layers, groups, averages, due, lambda layer: layer.damping(groups), rows, arrived.values)
     ready, done = own.ready, own.done
     good = verdict([*flags, *own.finite(groups)], home)
-    if due or later or taking or not all(map(reading.deferrable, all_parameters(groups))):
-        good = bool(good)
-    if good is False:
+    unknown: Tensor | None = None
+    if isinstance(good, Tensor):
+        if due or later or taking or not all(map(reading.deferrable, all_parameters(groups))):
+            good = bool(good)
+        else:
+            unknown, good = good, True
+    if not good:
         return Outcome(applied=False)
-    unknown = good if isinstance(good, Tensor) else None
 
     commit(layers, own, step, arrived.made, unknown)
     if background is not None:

@@ -250,7 +250,7 @@ class WatchingOptimizer(GroupedOptimizer):
         awaited = recorder.due
         # To exchange counts the host waits for the device. Between steps that all ranks know to be due, what
         # record_statistics() has taken stays pending on an accelerator.
-        if world_size() == 1 or awaited or self._home().type == "cpu" or self._refreshes():
+        if world_size() == 1 or awaited or self._refreshes() or all(map(reading.at_hand, self._parameters())):
             pending = recorder.collect(loss_scale=self._loss_scale(scale, found_inf))
             pending.all_reduce()
         else:
