@@ -1,4 +1,5 @@
-// One Gemm of csrc/cuda/blas.h by loops on the CPU, with sums in double: what tests run plans with.
+// One Gemm of csrc/cuda/blas.h by loops on the CPU, with sums in float32 or float64 as there: what tests run plans
+// with.
 #pragma once
 
 #include "cuda/blas.h"
@@ -52,6 +53,7 @@ inline void execute(const Gemm& g) {
         for (int64_t k = 0; k < g.k; ++k) {
           sum += entry(a, g.type, g.a_transposed ? k + i * g.lda : i + k * g.lda) *
                  entry(b, g.type, g.b_transposed ? j + k * g.ldb : k + j * g.ldb);
+          if (g.type != Element::f64) sum = static_cast<float>(sum);
         }
         const int64_t at = i + j * g.ldc;
         const double old = g.beta == 0 ? 0 : g.beta * entry(c, g.c_type, at);

