@@ -3,6 +3,7 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <limits>
 #include <optional>
 #include <stdexcept>
@@ -124,6 +125,23 @@ void check_gemm(const Gemm& g) {
   need(g.c_type == g.type || (g.c_type == Element::f32 && g.type != Element::f64), "no such types");
 }
 
+// A batch is a dimension of a grid, which ends there.
+constexpr int64_t kMostInCall = 65535;
+
+// The products of a batch from number `first` on that go in one call.
+Gemm part_of(const Gemm& g, int64_t first) {
+  if (first == 0 && g.count <= kMostInCall) return g;
+  const auto bytes = [&](Element type) { return type == Element::f64 ? 8 : type == Element::f32 ? 4 : 2; };
+  const int64_t pointer = sizeof(void*);
+  const int64_t c_step = g.pointers ? pointer : g.c_stride * bytes(g.c_type);
+  Gemm part = g;
+  part.count = std::min(kMostInCall, g.count - first);
+  part.a = static_cast<const char*>(g.a) + first * (g.pointers ? pointer : g.a_stride * bytes(g.type));
+  part.b = static_cast<const char*>(g.b) + first * (g.pointers ? pointer : g.b_stride * bytes(g.type));
+  part.c = static_cast<char*>(g.c) + first * c_step;
+  return part;
+}
+
 void run_one(cublas::Handle handle, const Gemm& g) {
   const Functions& f = *functions();
   const bool wide = g.type == Element::f64;
@@ -178,7 +196,7 @@ void run(const std::vector<Gemm>& gemms, Precision precision) {
     } else {
       mode.set(precision == Precision::full ? cublas::kDefaultMath : mode.original());
     }
-    run_one(handle, g);
+    for (int64_t first = 0; first < g.count; first += kMostInCall) run_one(handle, part_of(g, first));
   }
 }
 

@@ -99,6 +99,24 @@ def test_arguments_arrive(blas: Any, dtype: torch.dtype, transposed: tuple[bool,
     assert c_memory[..., m:].isnan().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("pointers", [False, True])
+def test_a_batch_beyond_a_grid_goes_in_several_calls(blas: Any, dtype: torch.dtype, pointers: bool) -> None:
+    blas.fake_set(DEFAULT, -1, 13)
+    count, result = 2 * 65535 + 3, dtype if dtype == torch.float64 else torch.float32
+    a, b = torch.randn(count, 2).to(dtype), torch.randn(count, 3).to(dtype)
+    c = torch.zeros(count, dtype=result)
+    numbers = [1, 1, 2, 1, 2, 1, 0, 0, emulation.TYPES[dtype], emulation.TYPES[result], count, 2, 3, 1, pointers]
+    if pointers:
+        steps = [(t.data_ptr(), t.stride(0) * t.element_size()) for t in (a, b, c)]
+        addresses = [(ctypes.c_void_p * count)(*range(at, at + count * step, step)) for at, step in steps]
+    else:
+        addresses = [emulation.pointer(t) for t in (a, b, c)]
+    assert run(blas, *addresses, numbers) == ""
+    assert len(modes(blas)) == 3
+    torch.testing.assert_close(c.double(), (a.double() * b[:, :2].double()).sum(1), rtol=1e-5, atol=1e-5)
+
+
 SQUARE = [2, 2, 2, 2, 2, 2, 0, 0, 0, 0, 1, 0, 0, 0, 0]
 
 
