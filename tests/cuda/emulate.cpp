@@ -64,7 +64,7 @@ struct EmulatedLaunches {
     for (int32_t i = blocks; i > 0; --i) f(i - 1);
   }
   void small(int32_t blocks) const {
-    Memory shared_memory(sweep_bytes(batch.problem[0].n));
+    LaunchMemory shared_memory(sweep_bytes(batch.problem[0].n));
     each(blocks, [&](int32_t i) { small_inverse<T>(fresh(plain), shared_memory.fresh<double>(), batch, i); });
   }
   void load(int32_t blocks) const {
@@ -128,7 +128,7 @@ extern "C" int64_t emulate_second_moment(int type, const void* g, const void* x,
   p.out_row = strides[6], p.out_column = strides[7];
   p.bias = bias, p.decay = decay, p.scale = scale;
   p.parts = second_moment_parts(p);
-  Memory partial(p.parts > 1 ? p.parts * p.outputs * p.columns() * bytes_of_sums(p.type) : 0);
+  LaunchMemory partial(p.parts > 1 ? p.parts * p.outputs * p.columns() * bytes_of_sums(p.type) : 0);
   p.partial = partial.fresh<void>();
   if (p.type == Element::f32) second_moment_of<float, float>(p);
   if (p.type == Element::f64) second_moment_of<double, double>(p);
@@ -146,7 +146,7 @@ extern "C" int64_t emulate_orthogonalize(int type, void* w, const void* v, void*
   p.w_stride = strides[0], p.row_stride = strides[1], p.column_stride = strides[2];
   p.width = orthogonalize_width(p.m, p.type == Element::f64 ? 8 : 4);
   p.blocks = (p.n + p.width - 1) / p.width;
-  Memory memory(p.m * (p.blocks + 2) * int64_t{sizeof(double)});
+  LaunchMemory memory(p.m * (p.blocks + 2) * int64_t{sizeof(double)});
   p.latest = memory.fresh<double>(), p.total = p.latest + p.m, p.partial = p.total + p.m;
   p.type == Element::f64 ? orthogonalize_of<double>(p) : orthogonalize_of<float>(p);
   return p.blocks;
@@ -158,7 +158,7 @@ extern "C" void emulate_damped_inverse(int type, int32_t count, const void* cons
                                        int32_t* info) {
   InverseBatch batch{};
   batch.damping = damping, batch.damping_stride = damping_stride, batch.info = info;
-  std::vector<Memory> memory;
+  std::vector<LaunchMemory> memory;
   for (int32_t i = 0; i < count; ++i) {
     memory.emplace_back(inverse_work(n[i]) * bytes_of_sums(static_cast<Element>(type)));
     batch.problem[batch.count++] = {
@@ -181,7 +181,7 @@ extern "C" void emulate_product(int grad, bool wide, int finish, bool b_grad, in
     p.other_row = strides[6 * i + 4], p.other_column = strides[6 * i + 5];
     p.m = int32_t(sizes[3 * i]), p.n = int32_t(sizes[3 * i + 1]), p.k = int32_t(sizes[3 * i + 2]), p.index = i;
   }
-  Memory partial(batch.layout(wide) * int64_t{sizeof(double)});
+  LaunchMemory partial(batch.layout(wide) * int64_t{sizeof(double)});
   batch.partial = partial.fresh<double>();
   const Finish how = static_cast<Finish>(finish);
   if (wide) {

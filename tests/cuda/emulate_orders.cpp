@@ -31,7 +31,7 @@ extern "C" void emulate_neighbours(bool racing, int* out) {
 
 // Beyond the end of what a launch asked for, where `bytes` is less than 16.
 extern "C" void emulate_store(int64_t bytes) {
-  Memory memory(bytes);
+  LaunchMemory memory(bytes);
   volatile float* const target = memory.fresh<float>();
   target[3] = 1.0f;
 }

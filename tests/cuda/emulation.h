@@ -3,7 +3,7 @@
 //
 // An emulation calls a kernel template once for each block of threads:
 //
-//   Memory dynamic(bytes);  // as the launcher computes them
+//   LaunchMemory dynamic(bytes);  // as the launcher computes them
 //   for (...) kernel<T>(fresh(*block), fresh(*shared), dynamic.fresh<T>(), p, i);
 //
 // with a HostBlock and a struct of shared memory from std::make_unique. `fresh` makes what a block finds there as
@@ -31,9 +31,9 @@ Shared& fresh(Shared& shared) {
 }
 
 // Dynamic shared memory, or workspace in global memory.
-class Memory {
+class LaunchMemory {
  public:
-  explicit Memory(int64_t bytes) : bytes_(static_cast<size_t>(bytes)), data_(new unsigned char[bytes_]) {}
+  explicit LaunchMemory(int64_t bytes) : bytes_(static_cast<size_t>(bytes)), data_(new unsigned char[bytes_]) {}
   template <class T>
   T* fresh() {
     std::memset(data_.get(), 0xff, bytes_);
