@@ -94,7 +94,7 @@ def commit() -> str | None:
 def sources() -> str:
     """A digest of what is compiled and run: records of different sources are never joined."""
     digest = hashlib.sha256()
-    for folder in ("csrc", "python", "cmake", "tests/ops", "tests/cuda"):
+    for folder in ("csrc", "python", "cmake", "tests/ops", "tests/cuda", "tests/optim", "bench/gpu_check"):
         for path in sorted((ROOT / folder).rglob("*")):
             if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh", ".cmake"):
                 digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
