@@ -25,7 +25,7 @@ def in_every_order(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         global _inside
         given = (args, kwargs)
-        if _inside or not any(isinstance(leaf, Tensor) for leaf in tree_flatten(given)[0]):
+        if _inside or not any(map(_lies_here, tree_flatten(given)[0])):
             return function(*args, **kwargs)
         first: list[Any] | None = None
         result, random = None, torch.get_rng_state()
@@ -47,11 +47,18 @@ def in_every_order(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def _lies_here(leaf: Any) -> bool:
+    """Whether it is a tensor with entries: those on the device meta have none."""
+    return isinstance(leaf, Tensor) and leaf.device.type == "cpu"
+
+
 def _copied(given: Any) -> Any:
     """Tensors that share memory go on doing so."""
     memory: dict[int, torch.UntypedStorage] = {}
 
     def copied(tensor: Tensor) -> Tensor:
+        if not _lies_here(tensor):
+            return tensor
         storage = tensor.untyped_storage()
         own = memory.setdefault(storage.data_ptr(), storage.clone())
         return torch.empty(0, dtype=tensor.dtype).set_(own, tensor.storage_offset(), tensor.shape, tensor.stride())
@@ -63,7 +70,7 @@ def _bits(value: Any) -> list[Any]:
     """Plain numbers as they are, of tensors all memory that they lie in."""
     found: list[Any] = []
     for leaf in tree_flatten(value)[0]:
-        if isinstance(leaf, Tensor):
+        if _lies_here(leaf):
             storage = leaf.untyped_storage()
             found.append(torch.empty(0, dtype=torch.uint8).set_(storage, 0, (storage.nbytes(),), (1,)).clone())
         elif isinstance(leaf, int | float | str):
