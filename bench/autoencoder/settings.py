@@ -102,6 +102,8 @@ GRID: dict[str, list[Setting]] = {
         _kfac(500, 0.03, momentum=0.6, kl_clip=1.0),
         _kfac(500, 0.03, lr=1.0),
         _kfac(1000, 0.03, momentum=0.9, kl_clip=0.1),
+        _kfac(500, 0.01),
+        _kfac(500, 0.003),
     ],
     "kfac-adaptive": [_adaptive(1000, 150.0), _adaptive(1000, 15.0), _adaptive(1000, 1.5), _adaptive(500, 1.5)],
     # Its damping is exact, which for the same number damps less than K-FAC's factored one.
