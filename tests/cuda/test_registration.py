@@ -17,7 +17,7 @@ from kronfac import ops
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "csrc" / "cuda"
-HEADERS = ("inductor/aoti_torch/c/shim.h", "stable/c/shim.h")
+HEADERS = ("inductor/aoti_torch/c/shim.h", "inductor/aoti_torch/generated/c_shim_aten.h", "stable/c/shim.h")
 
 
 def named(pattern: str, *files: Path) -> list[str]:
