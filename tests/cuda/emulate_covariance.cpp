@@ -149,7 +149,6 @@ void emulate_covariance_plan(int type, const void* x, void* out, int64_t m, int6
   const PanelShape panel_shape{shape[0], shape[1], shape[2], {shape[3], shape[4], 0, 0, 0}};
   const CovariancePanels panels = covariance_panels(p, panel_shape);
   std::vector<double> partial(static_cast<size_t>(panels.entries), std::numeric_limits<double>::quiet_NaN());
-  std::memset(partial.data(), 0xff, partial.size() * sizeof(double));
   p.partial = partial.data();
   for (const Gemm& product : covariance_products(p, panels)) execute(product);
   for (int64_t i = 0; i < panels.count; ++i) parts[i] = panels.panel[i].parts;
