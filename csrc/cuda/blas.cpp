@@ -1,8 +1,6 @@
 // cuBLAS, looked up and called: blas.h. No torch in here, so that tests give it a cuBLAS of their own.
 #include "cuda/blas.h"
 
-#include <dlfcn.h>
-
 #include <algorithm>
 #include <limits>
 #include <optional>
@@ -10,6 +8,7 @@
 #include <string>
 
 #include "cuda/cublas_interface.h"
+#include "cuda/loaded.h"
 
 namespace kronfac::cuda {
 namespace {
@@ -24,19 +23,9 @@ struct Functions {
   std::string version;
 };
 
-template <class Function>
-bool find(void* library, const char* name, Function*& function) {
-  function = reinterpret_cast<Function*>(dlsym(library, name));
-  return function != nullptr;
-}
-
-// Among this library's own dependencies (libtorch, libtorch_cuda, its cuBLAS), not in the whole process: another
-// package may have brought another cuBLAS, and a handle belongs to the library that made it.
+// Of torch's cuBLAS: a handle belongs to the library that made it.
 std::optional<Functions> look_up() {
-  static const char here = 0;
-  Dl_info self{};
-  if (dladdr(&here, &self) == 0 || self.dli_fname == nullptr) return std::nullopt;
-  void* const library = dlopen(self.dli_fname, RTLD_LAZY | RTLD_NOLOAD);
+  void* const library = own_library();
   if (library == nullptr) return std::nullopt;
   Functions f{};
   cublas::GetProperty* property = nullptr;

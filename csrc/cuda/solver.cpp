@@ -8,6 +8,8 @@
 #include <utility>
 #include <vector>
 
+#include "cuda/loaded.h"
+
 namespace kronfac::cuda {
 namespace {
 
@@ -33,12 +35,6 @@ struct Library {
   std::string description;
 };
 
-template <class Function>
-bool find(void* library, const char* name, Function& function) {
-  function = reinterpret_cast<Function>(dlsym(library, name));
-  return function != nullptr;
-}
-
 std::string directory_of(const void* address) {
   Dl_info info{};
   if (dladdr(address, &info) == 0 || info.dli_fname == nullptr) return {};
@@ -49,11 +45,8 @@ std::string directory_of(const void* address) {
 
 // Something of the cuBLAS that torch was linked with: of this library's own dependencies, not of the whole process.
 void* cublas_property() {
-  static const char here = 0;
-  Dl_info self{};
-  if (dladdr(&here, &self) == 0 || self.dli_fname == nullptr) return nullptr;
-  void* const own = dlopen(self.dli_fname, RTLD_LAZY | RTLD_NOLOAD);
-  return own == nullptr ? nullptr : dlsym(own, "cublasGetProperty");
+  void* const library = own_library();
+  return library == nullptr ? nullptr : dlsym(library, "cublasGetProperty");
 }
 
 // The one of the release of torch's cuBLAS, which it calls. Torch loads it at the first call of its linear algebra; if

@@ -66,22 +66,21 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _cublas(library: str | None) -> str:
-    # What the operators found in this torch; without it, their own kernels form all products.
+def _found(library: str | None, function: str, otherwise: str) -> str:
+    """What the CUDA operators found at run time in this torch, by a function of theirs that returns text."""
     if library is None:
         return "not looked for"
-    version = ctypes.CDLL(library).kronfac_blas_version
-    version.restype = ctypes.c_char_p
-    return version().decode() or "not found: products by own kernels"
+    describe = getattr(ctypes.CDLL(library), function)
+    describe.restype = ctypes.c_char_p
+    return str(describe().decode()) or otherwise
+
+
+def _cublas(library: str | None) -> str:
+    return _found(library, "kronfac_blas_version", "not found: products by own kernels")
 
 
 def _cusolver(library: str | None) -> str:
-    # What diagonalises matrices that are too large for the shared memory of a multiprocessor.
-    if library is None:
-        return "not looked for"
-    describe = ctypes.CDLL(library).kronfac_cuda_solver
-    describe.restype = ctypes.c_char_p
-    return str(describe().decode())
+    return _found(library, "kronfac_cuda_solver", "not found")
 
 
 def _cuda_facts() -> dict[str, Any]:
