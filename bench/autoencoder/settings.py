@@ -75,11 +75,18 @@ def _adam(rate: float) -> Setting:
 
 
 def _kfac(
-    batch: int, damping: float, *, momentum: float = 0.8, kl_clip: float = 0.3, lr: float = 0.3, method: str = "kfac"
+    batch: int,
+    damping: float,
+    *,
+    momentum: float = 0.8,
+    kl_clip: float = 0.3,
+    lr: float = 0.3,
+    every: tuple[int, int] = (5, 20),
+    method: str = "kfac",
 ) -> Setting:
     # While the clip is active, through most of a run, √kl_clip / (1 - momentum) is the step and lr has no effect.
     step = {"lr": lr, "damping": damping, "kl_clip": kl_clip, "momentum": momentum}
-    return Setting(method, batch, {**step, "factor_every": 5, "inverse_every": 50 if method == "ekfac" else 20})
+    return Setting(method, batch, {**step, "factor_every": every[0], "inverse_every": every[1]})
 
 
 def _adaptive(batch: int, damping: float) -> Setting:
@@ -91,6 +98,8 @@ GRID: dict[str, list[Setting]] = {
     "sgd": [
         *(_sgd(rate, 0.99) for rate in (0.002, 0.004, 0.008, 0.012, 0.016, 0.024, 0.032, 0.064)),
         *(_sgd(rate, 0.995) for rate in (0.008, 0.016)),
+        *(_sgd(rate, 0.98) for rate in (0.032, 0.064)),
+        _sgd(0.048, 0.99),
     ],
     "adam": [_adam(rate) for rate in (1e-4, 2e-4, 4e-4, 7e-4, 1e-3, 1.4e-3, 2e-3, 4e-3)],
     "kfac": [
@@ -104,11 +113,15 @@ GRID: dict[str, list[Setting]] = {
         _kfac(1000, 0.03, momentum=0.9, kl_clip=0.1),
         _kfac(500, 0.01),
         _kfac(500, 0.003),
+        _kfac(500, 0.003, every=(10, 50)),
+        _kfac(500, 0.001, every=(10, 50)),
+        _kfac(250, 0.003, every=(10, 50)),
     ],
     "kfac-adaptive": [_adaptive(1000, 150.0), _adaptive(1000, 15.0), _adaptive(1000, 1.5), _adaptive(500, 1.5)],
     # Its damping is exact, which for the same number damps less than K-FAC's factored one.
     "ekfac": [
-        _kfac(batch, damping, method="ekfac") for batch, damping in ((1000, 0.03), (1000, 0.1), (1000, 0.3), (500, 0.1))
+        _kfac(batch, damping, every=(5, 50), method="ekfac")
+        for batch, damping in ((1000, 0.03), (1000, 0.1), (1000, 0.3), (500, 0.1))
     ],
 }
 """The tuning runs of each method."""
