@@ -53,9 +53,7 @@ struct EighBatch {
 
   template <class PerMatrix>
   int32_t layout(const PerMatrix& per_matrix) {
-    first[0] = 0;
-    for (int32_t at = 0; at < count; ++at) first[at + 1] = first[at] + per_matrix(problem[at].n);
-    return first[count];
+    return lay_out(problem, count, first, 0, per_matrix);
   }
 };
 

@@ -48,12 +48,7 @@ struct InverseBatch {
   // Counts the blocks of threads: per_matrix(n) for each matrix with more than `least` rows.
   template <class PerMatrix>
   int32_t layout(int32_t least, const PerMatrix& per_matrix) {
-    first[0] = 0;
-    int32_t at = 0;
-    for (; at < count && problem[at].n > least; ++at) first[at + 1] = first[at] + per_matrix(problem[at].n);
-    const int32_t total = first[at];
-    for (; at < count; ++at) first[at + 1] = total;
-    return total;
+    return lay_out(problem, count, first, least, per_matrix);
   }
 };
 

@@ -39,15 +39,7 @@ std::tuple<std::vector<Tensor>, Tensor> eigen_precondition(std::vector<Tensor> g
     ProductBatch batch{};
     batch.damping = damping.const_data_ptr();
     batch.damping_stride = damping_stride;
-    const auto products = [&](const auto& set) {
-      batch.count = 0;
-      for (const size_t l : layers) {
-        Product& p = batch.problem[batch.count++];
-        p.index = static_cast<int32_t>(l);
-        set(p, l, grads[l].size(0), grads[l].size(1));
-      }
-      return batch.layout(wide);
-    };
+    const auto products = [&](const auto& set) { return set_products(batch, grads, layers, wide, set); };
     const Element grad_type = element_of(grads[layers[0]]);
     const int32_t tiles = products([&](Product& p, size_t l, int64_t rows, int64_t columns) {
       set_product(p, view_of(left_vectors[l]).transposed(), view_of(grads[l]), rows, rows, columns,

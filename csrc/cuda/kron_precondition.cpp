@@ -39,15 +39,7 @@ std::tuple<std::vector<Tensor>, Tensor> kron_precondition(std::vector<Tensor> gr
   each_batch(grads, std::not_fn(is_large), [&](const std::vector<size_t>& layers) {
     for (const size_t l : layers) inner[l] = empty_like(grads[l], {grads[l].size(0), grads[l].size(1)}, type);
     ProductBatch batch{};
-    const auto products = [&](const auto& set) {
-      batch.count = 0;
-      for (const size_t l : layers) {
-        Product& p = batch.problem[batch.count++];
-        p.index = static_cast<int32_t>(l);
-        set(p, l, grads[l].size(0), grads[l].size(1));
-      }
-      return batch.layout(wide);
-    };
+    const auto products = [&](const auto& set) { return set_products(batch, grads, layers, wide, set); };
     const Element grad_type = element_of(grads[layers[0]]);
     const int32_t tiles = products([&](Product& p, size_t l, int64_t rows, int64_t columns) {
       set_product(p, view_of(left[l]), view_of(grads[l]), rows, rows, columns, inner[l].mutable_data_ptr());

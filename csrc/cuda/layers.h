@@ -18,6 +18,19 @@ inline void set_product(Product& p, const View& a, const View& b, int64_t m, int
   p.c = c;
 }
 
+// The products of a launch: set(p, l, rows, columns) for each layer. Returns the number of tiles.
+template <class Set>
+int32_t set_products(ProductBatch& batch, const std::vector<Tensor>& grads, const std::vector<size_t>& layers,
+                     bool wide, const Set& set) {
+  batch.count = 0;
+  for (const size_t l : layers) {
+    Product& p = batch.problem[batch.count++];
+    p.index = static_cast<int32_t>(l);
+    set(p, l, grads[l].size(0), grads[l].size(1));
+  }
+  return batch.layout(wide);
+}
+
 // Calls run(layers) for the layers of each gradient type that are wanted, kMostLayers at a time.
 template <class Wanted, class Run>
 void each_batch(const std::vector<Tensor>& grads, const Wanted& wanted, const Run& run) {

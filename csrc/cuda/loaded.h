@@ -5,9 +5,9 @@
 
 namespace kronfac::cuda {
 
-// This library: a symbol is looked for among its own dependencies (libtorch, libtorch_cuda, its cuBLAS), not in the whole
-// process, where another package may have brought another one. Null where the loader does not know it. static: each
-// library that this is compiled into finds itself.
+// This library: a symbol is looked for among its own dependencies (libtorch, libtorch_cuda, its cuBLAS), not in the
+// whole process, where another package may have brought another one. Null where the loader does not know it. static:
+// each library that this is compiled into finds itself.
 static inline void* own_library() {
   static const char here = 0;
   Dl_info self{};
