@@ -70,8 +70,8 @@ def _sgd(rate: float, max_momentum: float) -> Setting:
     return Setting("sgd", FIRST_ORDER_BATCH, {"lr": rate, "max_momentum": max_momentum})
 
 
-def _adam(rate: float) -> Setting:
-    return Setting("adam", FIRST_ORDER_BATCH, {"lr": rate})
+def _adam(rate: float, batch: int = FIRST_ORDER_BATCH) -> Setting:
+    return Setting("adam", batch, {"lr": rate})
 
 
 def _kfac(
@@ -101,7 +101,11 @@ GRID: dict[str, list[Setting]] = {
         *(_sgd(rate, 0.98) for rate in (0.032, 0.064)),
         _sgd(0.048, 0.99),
     ],
-    "adam": [_adam(rate) for rate in (1e-4, 2e-4, 4e-4, 7e-4, 1e-3, 1.4e-3, 2e-3, 4e-3)],
+    "adam": [
+        *(_adam(rate) for rate in (1e-4, 2e-4, 4e-4, 7e-4, 1e-3, 1.4e-3, 2e-3, 3e-3, 4e-3)),
+        *(_adam(rate, 100) for rate in (1e-3, 2e-3)),
+        *(_adam(rate, 500) for rate in (2e-3, 4e-3)),
+    ],
     "kfac": [
         _kfac(1000, 0.03),
         _kfac(500, 0.03),
