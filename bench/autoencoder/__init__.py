@@ -34,11 +34,11 @@ What is raced
   in seconds is free of that.
 * SGD has Nesterov momentum μ_t = min(1 - 2^(-1 - log2(floor(t/250) + 1)), μ_max) (Sutskever et al. 2013), Adam
   torch's own constants. Both are torch's fused versions, the fastest there are.
-* Tuning: 13 settings for SGD and Adam (9 rates, with other momenta or batches), and as many for K-FAC of what matters to it
-  (batch, damping, momentum, KL clip, rate, frequencies); 4 for EKFAC and the adaptive mode. All settings are in
-  `bench/autoencoder/settings.py`. Before they were fixed, trials of 20 to 100 processor seconds looked for their ranges:
-  17 of K-FAC, 4 of SGD, 5 of Adam. These are not among the tuning runs that the report counts. The last five of K-FAC
-  and Adam and the last three of SGD were added when the best of K-FAC's first eight had the least damping of them.
+* Tuning: 13 settings for SGD and Adam (9 rates, with other momenta or batches), and as many for K-FAC of what matters
+  to it (batch, damping, momentum, KL clip, rate, frequencies); 4 for EKFAC and the adaptive mode. All settings are in
+  `bench/autoencoder/settings.py`. Before they were fixed, trials of 20 to 100 processor seconds looked for their
+  ranges: 17 of K-FAC, 4 of SGD, 5 of Adam. These are not among the tuning runs that the report counts. The last five
+  of K-FAC and Adam and the last three of SGD were added when the best of K-FAC's first eight had the least damping.
 
 A run whose threads waited for a processor for more than a tenth of its time, that used less than half of the
 processors it was given, or whose plan did not fit its time, is disturbed: it is set aside and made again
