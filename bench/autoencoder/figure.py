@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from bench.autoencoder.settings import TITLES
 from bench.autoencoder.summary import Record, summarise
@@ -65,6 +65,9 @@ def _figure(runs: Sequence[Record], target: float | None, theme: Theme) -> Figur
             )
         if target is not None:
             axes.axhline(target, color=theme.ink, linewidth=0.8)
+    lowest = min(run.final_error for run in runs)
+    left.set_ylim(0.85 * lowest, 30 * lowest)  # all begin two orders of magnitude above where they are told apart
+    left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     left.yaxis.set_major_formatter("{x:g}")
     left.yaxis.set_minor_formatter(NullFormatter())
     right.set_xscale("log")  # methods differ by an order of magnitude there
