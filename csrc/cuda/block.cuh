@@ -170,6 +170,21 @@ struct HostBlock {
 };
 #endif
 
+// The problem of a list that a block of threads works at: batch.first[i] is the first block of problem i, and
+// batch.first[count] the number of all (lay_out in launch.h).
+template <class Batch>
+KRONFAC_DEVICE int32_t problem_of(const Batch& batch, int32_t block) {
+  int32_t low = 0, high = batch.count;  // first[low] <= block < first[high]
+  while (high - low > 1) {
+    const int32_t middle = (low + high) / 2;
+    (batch.first[middle] <= block ? low : high) = middle;
+  }
+  return low;
+}
+
+// Of blocks that keep nothing from phase to phase.
+struct NoState {};
+
 struct BFloat16 {
   uint16_t bits;
 };

@@ -42,14 +42,11 @@ KRONFAC_DEVICE void factor_block(Block& block, FactorShared& shared, const Block
 // 64 x 64 entries of U; what is read there is 0 in A from then on.
 template <class T, class Block>
 KRONFAC_DEVICE void gather_block(Block& block, const BlockedBatch& batch, int32_t number) {
-  int32_t low = 0, high = batch.count;  // first[low] <= number < first[high]
-  while (high - low > 1) {
-    const int32_t middle = (low + high) / 2;
-    (batch.first[middle] <= number ? low : high) = middle;
-  }
-  const BlockedProblem& p = batch.problem[low];
+  const int32_t matrix = problem_of(batch, number);
+  const BlockedProblem& p = batch.problem[matrix];
   if (batch.info[p.index] != 0) return;
-  const int32_t local = number - batch.first[low], width = batch.width(p.n), pivot0 = local % batch.parts() * kPivots;
+  const int32_t local = number - batch.first[matrix], width = batch.width(p.n);
+  const int32_t pivot0 = local % batch.parts() * kPivots;
   const int64_t n = p.n, row0 = local / batch.parts() * int64_t{kPivots}, start = batch.start();
   // Neighbouring threads take neighbours in the matrix' memory: pivots, or, above them, where columns are rows, rows.
   const bool by_rows = row0 < start;

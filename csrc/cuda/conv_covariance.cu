@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kConvThreads) reduce_kernel(const __grid_const
 template <class T>
 __global__ void __launch_bounds__(kConvThreads) assemble_kernel(const __grid_constant__ ConvCovariance p) {
   __shared__ ConvAssembleShared<T> shared;
-  DeviceBlock<ConvNoState> block;
+  DeviceBlock<NoState> block;
   conv_assemble<T>(block, shared, p, static_cast<int32_t>(blockIdx.x));
 }
 
@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kConvThreads) upload_kernel(const __grid_const
 template <class E>
 __global__ void __launch_bounds__(kConvThreads) transpose_kernel(const __grid_constant__ ConvLayout p) {
   __shared__ ConvTransposeShared<E> shared;
-  DeviceBlock<ConvNoState> block;
+  DeviceBlock<NoState> block;
   conv_transpose_block<E>(block, shared, p, static_cast<int32_t>(blockIdx.x));
 }
 

@@ -6,8 +6,6 @@
 
 namespace kronfac::cuda {
 
-struct ConvNoState {};
-
 template <class E>
 struct ConvTransposeShared {
   E value[kConvTranspose][kConvTranspose + 1];

@@ -18,12 +18,8 @@ struct EighTask {
   int32_t number;
 };
 KRONFAC_DEVICE EighTask eigh_task(const EighBatch& batch, int32_t block) {
-  int32_t low = 0, high = batch.count;  // first[low] <= block < first[high]
-  while (high - low > 1) {
-    const int32_t middle = (low + high) / 2;
-    (batch.first[middle] <= block ? low : high) = middle;
-  }
-  return {batch.problem[low], block - batch.first[low]};
+  const int32_t at = problem_of(batch, block);
+  return {batch.problem[at], block - batch.first[at]};
 }
 
 // The power of two just above a positive finite number; 0 for 0.

@@ -15,7 +15,6 @@ template <class T>
 struct InverseState {
   typename InverseTile<T>::State tile;
 };
-struct NoState {};
 
 template <class T>
 KRONFAC_DEVICE bool finite(T x) {
@@ -28,12 +27,8 @@ struct InverseTask {
   int32_t number;
 };
 KRONFAC_DEVICE InverseTask inverse_task(const InverseBatch& batch, int32_t block) {
-  int32_t low = 0, high = batch.count;  // first[low] <= block < first[high]
-  while (high - low > 1) {
-    const int32_t middle = (low + high) / 2;
-    (batch.first[middle] <= block ? low : high) = middle;
-  }
-  return {batch.problem[low], block - batch.first[low]};
+  const int32_t at = problem_of(batch, block);
+  return {batch.problem[at], block - batch.first[at]};
 }
 
 // The lower triangle by rows, and the column that is swept with.

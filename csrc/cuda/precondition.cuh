@@ -36,12 +36,8 @@ struct ProductTask {
   int32_t number;
 };
 KRONFAC_DEVICE ProductTask product_task(const ProductBatch& batch, int32_t block) {
-  int32_t low = 0, high = batch.count;  // first[low] <= block < first[high]
-  while (high - low > 1) {
-    const int32_t middle = (low + high) / 2;
-    (batch.first[middle] <= block ? low : high) = middle;
-  }
-  return {batch.problem[low], block - batch.first[low]};
+  const int32_t at = problem_of(batch, block);
+  return {batch.problem[at], block - batch.first[at]};
 }
 
 template <Finish kFinish>

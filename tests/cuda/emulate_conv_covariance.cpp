@@ -56,7 +56,7 @@ void run(const ConvCovariance& p) {
     if (!p.tensor) p.side == 32 ? products<T, 32>(p) : products<T, 64>(p);
   }
   if (p.reduced) each(conv_reduce_blocks(p) * kConvThreads, [&](int64_t i) { conv_reduce<T>(p, i); });
-  HostBlock<ConvNoState, kConvThreads> block;
+  HostBlock<NoState, kConvThreads> block;
   ConvAssembleShared<T> shared;
   each(conv_assemble_blocks(p), [&](int64_t i) { conv_assemble<T>(block, shared, p, static_cast<int32_t>(i)); });
   if (p.bias) each(conv_bias_blocks(p) * kConvThreads, [&](int64_t i) { conv_bias<T>(p, i); });
@@ -69,7 +69,7 @@ void lay_out(const ConvPlan& plan) {
     each(conv_pad_blocks(p) * kConvThreads, [&](int64_t i) { conv_pad_entry<E>(p, i); });
     return;
   }
-  HostBlock<ConvNoState, kConvThreads> block;
+  HostBlock<NoState, kConvThreads> block;
   const auto shared = std::make_unique<ConvTransposeShared<E>>();
   each(conv_transpose_blocks(p),
        [&](int64_t i) { conv_transpose_block<E>(block, *shared, p, static_cast<int32_t>(i)); });
